@@ -1,0 +1,45 @@
+"""Losses of a reward model: rankings of K answers (InstructGPT 2203.02155, equation 1) and single judgements."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+
+def ranking_loss(scores: Tensor, group: Tensor, rank: Tensor, denominator: float) -> Tensor:
+    """Sum over prompts of the mean of -log sigmoid(r_better - r_worse) over that prompt's untied pairs, over `denominator`.
+
+    Args:
+        scores, group, rank: [N]; pairs are formed inside a group, the lower rank is the better answer, equal ranks are dropped.
+        denominator: prompts of the whole optimizer step on all ranks.
+
+    Returns:
+        Scalar. All C(K, 2) pairs of a prompt weigh 1 together, so that K does not change a prompt's weight. Equal scores give ln 2.
+    """
+    better, pairs_of = comparable(group, rank)
+    losses = -logsigmoid(scores[:, None] - scores[None, :])
+    weights = better.to(scores.dtype) / pairs_of.clamp(min=1)[:, None]
+    return (losses * weights).sum() / denominator
+
+
+def comparable(group: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """([N, N] bool: row i is preferred to column j, [N]: untied pairs in the row's group)."""
+    same = group[:, None] == group[None, :]
+    better = same & (rank[:, None] < rank[None, :])
+    wins = better.sum(dim=1).to(rank.dtype)
+    return better, same.to(rank.dtype) @ wins
+
+
+def pairwise_correct(scores: Tensor, group: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """(untied pairs ordered as people did, untied pairs); equal scores count one half."""
+    better, _ = comparable(group, rank)
+    difference = scores[:, None] - scores[None, :]
+    right = (difference > 0).to(scores.dtype) + 0.5 * (difference == 0).to(scores.dtype)
+    return (right * better).sum(), better.sum()
+
+
+def pointwise_loss(scores: Tensor, label: Tensor, positive_weight: float, denominator: float) -> Tensor:
+    """Sum of binary cross-entropy of `scores` as logits over `denominator`, judgements of 1 weighted by `positive_weight`; all [N]."""
+    weights = torch.where(label > 0.5, torch.full_like(scores, positive_weight), torch.ones_like(scores))
+    return (weights * binary_cross_entropy_with_logits(scores, label, reduction="none")).sum() / denominator

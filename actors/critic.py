@@ -1,0 +1,74 @@
+"""The critic (the value model): the expected score to go at each token, started from the reward model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from actors.algorithms.masking import moments
+from actors.algorithms.ppo import value_loss
+from actors.batch import Experience, Rollouts
+from actors.engine import Optimizer
+from actors.learning import minibatches, optimizer_step
+from actors.models import before_each
+from actors.worker import Worker, export, make_engine, scalar_model, warmed_up
+
+
+class Critic(Worker):
+    """One rank of the critic."""
+
+    def load(self) -> None:
+        ppo = self.config.ppo
+        optimizer = Optimizer(ppo.critic_lr, ppo.weight_decay, ppo.max_grad_norm, ppo.adam_epsilon)
+        self.engine = make_engine(self.config, scalar_model(self.checkpoint, self.config.seed), optimizer)
+        self.engine.train(False)
+
+    @torch.no_grad()
+    def values(self, pieces: list[Rollouts]) -> list[Tensor]:
+        """[B, T] for each piece: the value of the state in which each reply token was chosen."""
+        return [self._values(piece).cpu() for piece in pieces]
+
+    def _values(self, rows: Rollouts | Experience) -> Tensor:
+        return before_each(self.engine(rows.tokens.to(self.engine.device)), rows.mask.to(self.engine.device))
+
+    def update(self, experience: list[Experience], step: int) -> dict[str, float]:
+        """The clipped value loss over this rank's share, in as many epochs and minibatches as the policy."""
+        ppo = self.config.ppo
+        share = Experience.join(experience)
+        totals: dict[str, float] = {}
+        for minibatch in minibatches(share, ppo.epochs, ppo.minibatches, (self.config.seed, step, self.spec.rank)):
+            for name, value in self._learn(minibatch, warmed_up(ppo.critic_lr, step, ppo.warmup)).items():
+                totals[name] = totals.get(name, 0.0) + value
+        steps = ppo.epochs * ppo.minibatches
+        return self._explained(share) | {name: value / steps for name, value in totals.items()}
+
+    def _learn(self, minibatch: Experience, lr: float) -> dict[str, float]:
+        tokens = float(self.engine.sum_over_ranks(minibatch.mask.sum().float()))
+        total = torch.zeros(())
+
+        def loss(rows: Experience) -> Tensor:
+            rows = rows.to(self.engine.device)
+            found = value_loss(self._values(rows), rows.old_values, rows.returns, rows.mask, self.config.ppo.value_clip, tokens)
+            total.add_(found.detach().cpu())
+            return found
+
+        norm = optimizer_step(self.engine, [(loss, minibatch)], self.config.engine.micro_batch, lr)
+        return {"value_loss": float(self.engine.sum_over_ranks(total)), "critic_grad_norm": norm, "critic_lr": lr}
+
+    def _explained(self, share: Experience) -> dict[str, float]:
+        """Share of the returns' variance that the values explained, 1 at best."""
+        reduce = self.engine.sum_over_ranks
+        _, unexplained = moments(share.returns - share.old_values, share.mask, reduce)
+        _, variance = moments(share.returns, share.mask, reduce)
+        return {"explained_variance": float(1 - unexplained / variance.clamp(min=1e-8))}
+
+    def save_state(self, folder: str) -> None:
+        self.engine.save_state(Path(folder))
+
+    def load_state(self, folder: str) -> None:
+        self.engine.load_state(Path(folder))
+
+    def export(self, folder: str) -> None:
+        export(self.engine, Path(folder), self.spec.rank)

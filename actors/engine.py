@@ -1,0 +1,168 @@
+"""DeepSpeed: one engine per model, the same calls for every ZeRO stage. The only file that imports it.
+
+An optimizer step is any number of `backward` calls followed by `step`. Losses are sums over the *global* denominator of the step, so
+gradients are summed over micro-batches and ranks here; DeepSpeed's own averaging over ranks is undone by a factor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():  # must stand before the import: DeepSpeed picks its accelerator while loading
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+from deepspeed.runtime.zero import GatheredParameters
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and the gradient clip."""
+
+    lr: float
+    weight_decay: float
+    max_grad_norm: float
+    epsilon: float = 1e-8
+
+
+class Engine:
+    """A module on this rank: trained if it has an optimizer, frozen if not."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer | None, *, zero_stage: int, offload: bool, dtype: str, micro_batch: int) -> None:
+        self.module = module
+        self.trains = optimizer is not None
+        self.zero_stage = zero_stage
+        self.device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        # On a CPU, bf16 is autocast over fp32 weights; on CUDA, DeepSpeed keeps bf16 weights beside fp32 masters.
+        self.autocast = dtype == "bf16" and self.device.type == "cpu"
+        self.max_grad_norm = optimizer.max_grad_norm if optimizer else 0.0
+        self.world_size = dist.get_world_size()
+        if optimizer is None:
+            module.requires_grad_(False).eval()
+        if optimizer is None and zero_stage < 3:  # a frozen replica needs no engine
+            self.deepspeed = None
+            module.to(self.device, dtype=torch.bfloat16 if dtype == "bf16" and not self.autocast else None)
+            return
+        settings = _settings(module, optimizer, zero_stage, offload, dtype == "bf16" and not self.autocast, micro_batch)
+        self.deepspeed, *_ = deepspeed.initialize(model=module, config=settings)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward; without gradients when the module is frozen or the caller says `torch.no_grad`."""
+        context = torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        with context:
+            return (self.deepspeed or self.module)(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add this micro-batch's gradients; `last` before `step` lets ranks exchange theirs."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * self.world_size)
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear. Returns the gradients' norm before the clip.
+
+        Raises:
+            FloatingPointError: gradients are not finite; the weights are as they were.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._replicated_norm() if self.zero_stage == 0 and not self.deepspeed.bfloat16_enabled() else None
+        if norm is not None and not norm == norm:
+            raise FloatingPointError("the gradients' norm is NaN: lower the learning rate, or look for a reward that is not finite")
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+
+    def _replicated_norm(self) -> float:
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    def train(self, on: bool = True) -> None:
+        """Dropout on or off."""
+        self.module.train(on)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole state dict, on the CPU of every rank (gathered parameter by parameter under ZeRO-3)."""
+        if self.zero_stage < 3:
+            return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        gathered = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            with GatheredParameters([parameter]):
+                gathered[name] = parameter.detach().cpu().clone()
+        return gathered | {name: buffer.cpu() for name, buffer in self.module.named_buffers() if name in self.module.state_dict()}
+
+    @torch.no_grad()
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Replace all weights of a model that will not be trained further (optimizer state is left as it is)."""
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            with self._whole(parameter):
+                parameter.copy_(weights[name])
+
+    @torch.no_grad()
+    def shift_bias(self, name: str, by: float) -> None:
+        """Add a number to one parameter of a model that will not be trained further."""
+        parameter = dict(self.module.named_parameters())[name]
+        with self._whole(parameter):
+            parameter.add_(by)
+
+    def _whole(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        """Under ZeRO-3, gather a parameter for writing (rank 0's writing counts)."""
+        return GatheredParameters([parameter], modifier_rank=0) if self.zero_stage == 3 else contextlib.nullcontext()
+
+    def save_state(self, folder: Path) -> None:
+        """Weights, optimizer and step, for an exact resume by the same number of ranks; every rank must call."""
+        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load_state(self, folder: Path) -> None:
+        """The inverse of `save_state`.
+
+        Raises:
+            FileNotFoundError: the folder holds no state of this engine.
+        """
+        found, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine")
+        if found is None:
+            raise FileNotFoundError(f"no engine state in {folder}")
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """All-reduced sum; the `Reduce` of `actors.algorithms.masking`."""
+        return sum_over_ranks(x, self.device)
+
+
+def sum_over_ranks(x: Tensor, device: torch.device) -> Tensor:
+    """Sum of `x` over the process group, on x's own device."""
+    if dist.get_world_size() == 1:
+        return x
+    moved = x.detach().to(device, copy=True)
+    dist.all_reduce(moved)
+    return moved.to(x.device)
+
+
+def _settings(module: nn.Module, optimizer: Optimizer | None, stage: int, offload: bool, bf16: bool, micro_batch: int) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in module.parameters())
+    # DeepSpeed's default buckets of 5e8 elements would dwarf a small model
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(parameters, 500_000_000)}
+    if offload and stage > 0:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": min(parameters, 50_000_000), "stage3_param_persistence_threshold": 10_000}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,  # the boundary is set by hand: a step may hold any number of micro-batches
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16},
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**9,
+    }
+    if optimizer:
+        params = {"lr": optimizer.lr, "betas": list(BETAS), "eps": optimizer.epsilon, "weight_decay": optimizer.weight_decay}
+        settings["optimizer"] = {"type": "AdamW", "params": params | {"torch_adam": True}}
+        settings["gradient_clipping"] = optimizer.max_grad_norm
+        settings["zero_force_ds_cpu_optimizer"] = False
+    return settings

@@ -1,0 +1,85 @@
+"""Learning to talk: language modelling on the assistant's turns (stage `sft`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.algorithms.supervised import language_loss
+from actors.batch import Batch, Dialogues
+from actors.engine import Engine
+from actors.learning import micro_batches
+from actors.worker import language_model
+from conf.schema import SFT, Config
+
+POOL = 16
+"""Batches drawn together and sorted by length, so that a batch holds dialogues of similar length."""
+
+
+@dataclass(frozen=True)
+class LanguageTask:
+    """Dialogues to learn from and dialogues to measure on."""
+
+    config: Config
+    checkpoint: str
+    rows: Dialogues
+    validation: Dialogues
+    """Decides on early stopping."""
+    held_out: Dialogues
+    """Only measured."""
+    held_out_chars: int
+    """Characters of the held-out assistant turns, for nats per character."""
+
+    @property
+    def settings(self) -> SFT:
+        return self.config.sft
+
+    def module(self) -> torch.nn.Module:
+        return language_model(self.checkpoint, self.settings.dropout)
+
+    def batch(self, step: int, rank: int, ranks: int) -> Batch:
+        """Every `ranks`-th row of the step's batch; which rows those are depends on the seed and the step alone."""
+        return self.rows.select(step_rows(self.rows.lengths, self.settings.batch, step, self.config.seed)[rank::ranks]).trimmed()
+
+    def loss(self, engine: Engine, rows: Any) -> list[tuple[Callable[[Any], Tensor], Batch]]:
+        tokens = float(engine.sum_over_ranks(rows.mask.sum().float()))
+
+        def loss(piece: Dialogues) -> Tensor:
+            piece = piece.to(engine.device)
+            return language_loss(engine(piece.tokens, piece.mask)[0], piece.mask, tokens)
+
+        return [(loss, rows)]
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Nats per assistant token, every rank on the whole set (so that ZeRO-3 ranks stay in step)."""
+        return {"loss": self._total_loss(engine, self.validation) / int(self.validation.mask.sum())}
+
+    def finish(self, engine: Engine) -> dict[str, float]:
+        total = self._total_loss(engine, self.held_out)
+        per_token = total / int(self.held_out.mask.sum())
+        return {"heldout_nats_per_token": per_token, "heldout_nats_per_char": total / self.held_out_chars}
+
+    @torch.no_grad()
+    def _total_loss(self, engine: Engine, rows: Dialogues) -> float:
+        total = 0.0
+        for piece in micro_batches(rows, 4 * self.config.engine.micro_batch):
+            piece = piece.to(engine.device)
+            total += float(language_loss(engine(piece.tokens, piece.mask)[0], piece.mask, 1.0))
+        return total
+
+
+def step_rows(lengths: Tensor, batch: int, step: int, seed: int) -> Tensor:
+    """[batch] indices for this step: passes over the data in random order, sorted by length within pools of `POOL` batches."""
+    per_epoch = max(len(lengths) // batch, 1)
+    epoch, number = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
+    order = torch.randperm(len(lengths), generator=generator)
+    if len(order) < batch:  # a tiny set: rows repeat within a batch
+        return order.repeat(-(-batch // len(order)))[:batch]
+    pools = order[: per_epoch * batch].split(POOL * batch)
+    batches = [rows for pool in pools for rows in pool[lengths[pool].argsort(stable=True)].split(batch)]
+    return batches[int(torch.randperm(per_epoch, generator=generator)[number])]

@@ -1,0 +1,164 @@
+"""The two kinds of networks: a causal language model that gives token log-probs, and one with a scalar head.
+
+Both take [B, T] tokens padded on the right. Padding stands after every token that counts, so causal attention never sees it and no
+attention mask is needed; positions count from each row's first token.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+
+from conf.schema import Scale
+
+ROWS_PER_CHUNK = 2048
+"""Positions whose logits are held at once when no gradient is needed."""
+HEAD_FILE = "scalar_head.safetensors"
+
+
+def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int | None = None, pad: int | None = None):
+    """The transformers configuration of a rung of the ladder."""
+    special = {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": None}
+    if scale.architecture == "llama":
+        return LlamaConfig(
+            vocab_size=vocabulary, hidden_size=scale.width, num_hidden_layers=scale.layers, num_attention_heads=scale.heads,
+            num_key_value_heads=scale.heads, intermediate_size=scale.feed_forward, max_position_embeddings=scale.context,
+            tie_word_embeddings=True, attention_dropout=dropout, **special,
+        )  # fmt: skip
+    return OPTConfig(
+        vocab_size=vocabulary, hidden_size=scale.width, num_hidden_layers=scale.layers, num_attention_heads=scale.heads,
+        ffn_dim=scale.feed_forward, max_position_embeddings=scale.context, word_embed_proj_dim=scale.embedding or scale.width,
+        do_layer_norm_before=not scale.post_layer_norm, dropout=dropout, attention_dropout=dropout, **special,
+    )  # fmt: skip
+
+
+def new_causal_lm(scale: Scale, vocabulary: int, seed: int, dropout: float, end: int, pad: int) -> PreTrainedModel:
+    """A causal LM with random weights drawn from `seed`."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(shape_config(scale, vocabulary, dropout, end, pad), dtype=torch.float32)
+
+
+def load_causal_lm(path: str, dropout: float = 0.0) -> PreTrainedModel:
+    """A Hugging Face causal LM in float32 with every dropout of its configuration set.
+
+    Raises:
+        OSError: nothing loadable stands at `path`.
+    """
+    config = AutoConfig.from_pretrained(path)
+    for name in ("dropout", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+
+
+class LanguageModel(nn.Module):
+    """A causal LM whose forward gives log-probs of the tokens that are there, not logits of all that could be."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs of `tokens` and entropies of their distributions, nats.
+
+        Args:
+            tokens: [B, T] long, right-padded.
+            mask: [B, T] bool, the tokens wanted; logits are made for these positions only.
+            temperature: divides the logits, as when sampling.
+
+        Returns:
+            Two [B, T] float32 tensors, 0 outside the mask.
+        """
+        mask = mask.clone()
+        mask[:, 0] = False  # nothing stands before the first token to predict it from
+        hidden = self.lm.base_model(input_ids=tokens, position_ids=positions(tokens), use_cache=False).last_hidden_state
+        picked, targets = hidden[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]]
+        step = max(len(picked), 1) if torch.is_grad_enabled() else ROWS_PER_CHUNK
+        found = [self._score(picked[i : i + step], targets[i : i + step], temperature) for i in range(0, max(len(picked), 1), step)]
+        logprobs = torch.zeros(tokens.shape, device=tokens.device)
+        entropy = torch.zeros(tokens.shape, device=tokens.device)
+        logprobs = logprobs.masked_scatter(mask, torch.cat([a for a, _ in found]))
+        return logprobs, entropy.masked_scatter(mask, torch.cat([b for _, b in found]))
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = self.lm.get_output_embeddings()(hidden).float() / temperature
+        total = torch.logsumexp(logits, dim=-1)
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - total
+        with torch.no_grad():
+            entropy = total - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+        return logprobs, entropy
+
+
+def positions(tokens: Tensor) -> Tensor:
+    """[B, T] position of each token in its row."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
+
+class ScalarModel(nn.Module):
+    """A transformer with one number per token: the reward model (read at the last token) and the critic (read before each)."""
+
+    def __init__(self, backbone: PreTrainedModel, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        config = backbone.config
+        # OPT-350m projects its last layer down to the embedding's width
+        width = getattr(config, "word_embed_proj_dim", config.hidden_size)
+        self.head = nn.Linear(width, 1)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.zeros_(self.head.bias)
+        with torch.no_grad():  # Stiennon et al. (2009.01325): N(0, 1 / sqrt(d + 1)) keeps first scores near 0
+            self.head.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] long -> [B, T] float32: the head's output after reading each token."""
+        hidden = self.backbone(input_ids=tokens, position_ids=positions(tokens), use_cache=False).last_hidden_state
+        return self.head(hidden)[..., 0].float()
+
+    def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """[B]: the output after the last token of each row."""
+        return at_last(self(tokens), lengths)
+
+
+def at_last(outputs: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T], [B] -> [B]: each row's value at its last token."""
+    return outputs.gather(1, (lengths - 1)[:, None])[:, 0]
+
+
+def before_each(outputs: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] outputs after each token -> [B, T] outputs of the state before it, 0 outside the mask."""
+    shifted = torch.zeros_like(outputs)
+    shifted[:, 1:] = outputs[:, :-1]
+    return torch.where(mask, shifted, torch.zeros_like(shifted))
+
+
+def load_scalar_model(path: str, seed: int) -> ScalarModel:
+    """A `ScalarModel` as `save_scalar_model` left it, or, from a causal LM's folder, one with a fresh head."""
+    head = Path(path) / HEAD_FILE
+    if head.exists():
+        model = ScalarModel(AutoModel.from_pretrained(path, dtype=torch.float32), seed)
+        model.head.load_state_dict(load_file(head))
+        return model
+    return ScalarModel(load_causal_lm(path).base_model, seed)
+
+
+def save_model(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Write Hugging Face files of either kind of network into `folder`.
+
+    Args:
+        state: the module's whole state dict, gathered from its ranks.
+    """
+    if isinstance(module, LanguageModel):
+        module.lm.save_pretrained(folder, state_dict=_under("lm.", state))
+        return
+    assert isinstance(module, ScalarModel)
+    module.backbone.save_pretrained(folder, state_dict=_under("backbone.", state))
+    save_file({name: tensor.contiguous() for name, tensor in _under("head.", state).items()}, folder / HEAD_FILE)
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

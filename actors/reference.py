@@ -1,0 +1,22 @@
+"""The reference: the frozen SFT model that the policy is kept close to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from actors.batch import Rollouts
+from actors.worker import Worker, language_model, make_engine
+
+
+class Reference(Worker):
+    """One rank of the reference."""
+
+    def load(self) -> None:
+        self.engine = make_engine(self.config, language_model(self.checkpoint), None)
+
+    @torch.no_grad()
+    def logprobs(self, pieces: list[Rollouts], temperature: float) -> list[Tensor]:
+        """[B, T] for each piece, at the temperature the policy samples with."""
+        device = self.engine.device
+        return [self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu() for piece in pieces]

@@ -1,0 +1,174 @@
+"""The training loop of the supervised and reward-model stages: one loop, two tasks (language modelling, preference).
+
+It runs on every rank, knows neither Ray nor the run directory, and talks to both through a `Session`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from actors.batch import Batch
+from actors.engine import Engine, Optimizer
+from actors.learning import optimizer_step
+from actors.models import save_model
+from actors.worker import make_engine
+from conf.schema import SFT, Config, RewardModel
+
+BEST_FILE = "best.safetensors"
+
+
+class Session(Protocol):
+    """What a training rank may ask of whoever launched it."""
+
+    rank: int
+    world_size: int
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Record figures of a step (rank 0)."""
+
+    def commit(self, step: int, save: Callable[[Path], None], memory: dict[str, Any]) -> None:
+        """Make a resume point; every rank calls `save` with the same folder."""
+
+    def resume(self) -> tuple[int, Path, dict[str, Any]] | None:
+        """The last resume point: (step, folder, memory)."""
+
+    def export(self, save: Callable[[Path], None]) -> None:
+        """Write the stage's result (rank 0)."""
+
+
+class Task(Protocol):
+    """What is learned."""
+
+    settings: SFT | RewardModel
+
+    def module(self) -> torch.nn.Module: ...
+
+    def batch(self, step: int, rank: int, ranks: int) -> Batch:
+        """This rank's share of the step's rows."""
+
+    def loss(self, engine: Engine, rows: Batch) -> list[tuple[Callable[[Any], Tensor], Batch]]:
+        """Loss functions and the rows each applies to, as sums over the global denominators."""
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Held-out figures; `loss` decides which weights are best."""
+
+    def finish(self, engine: Engine) -> dict[str, float]:
+        """Last changes to the best weights, and figures of the result."""
+
+
+@dataclass
+class Progress:
+    """What survives a restart besides the engine's own state."""
+
+    best_loss: float = math.inf
+    best_step: int = 0
+    stale: int = 0
+    stopped: bool = False
+
+
+def cosine(peak: float, step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to a tenth of the peak at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(config: Config, task: Task, session: Session) -> dict[str, float]:
+    """Run the task to its held-out optimum and export the best weights. Returns the result's figures (the same on every rank)."""
+    s = task.settings
+    engine = make_engine(config, task.module(), Optimizer(s.lr, s.weight_decay, s.max_grad_norm))
+    progress, best, start = _resumed(engine, session)
+    for step in range(start, s.steps):
+        if progress.stopped:
+            break
+        began = time.perf_counter()
+        figures = _step(config, task, engine, session, step)
+        figures["seconds"] = time.perf_counter() - began
+        last = step + 1 == s.steps
+        if (step + 1) % s.eval_every == 0 or last:
+            best = _measure(task, engine, progress, best, step + 1, figures)
+        session.report(step + 1, figures)
+        if (step + 1) % config.commit.every == 0 and not last:
+            session.commit(step + 1, _saver(engine, best, session.rank), dict(vars(progress)))
+    _restore(engine, best)
+    result = task.finish(engine) | {"steps": float(progress.best_step)}
+    weights = engine.weights()
+    session.export(lambda folder: save_model(engine.module, weights, folder))
+    return result
+
+
+def _step(config: Config, task: Task, engine: Engine, session: Session, step: int) -> dict[str, float]:
+    s = task.settings
+    engine.train(True)
+    rows = task.batch(step, session.rank, session.world_size)
+    total = torch.zeros(())
+
+    def counted(loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        def run(piece: Any) -> Tensor:
+            value = loss(piece)
+            total.add_(value.detach().cpu())
+            return value
+
+        return run
+
+    losses = [(counted(loss), part) for loss, part in task.loss(engine, rows)]
+    lr = cosine(s.lr, step, s.warmup, s.steps)
+    norm = optimizer_step(engine, losses, config.engine.micro_batch, lr)
+    tokens = engine.sum_over_ranks(rows.lengths.sum().float())  # type: ignore[attr-defined]
+    return {"loss": float(engine.sum_over_ranks(total)), "grad_norm": norm, "lr": lr, "tokens": float(tokens)}
+
+
+def _measure(
+    task: Task, engine: Engine, progress: Progress, best: dict[str, Tensor], step: int, figures: dict[str, float]
+) -> dict[str, Tensor]:
+    """Held-out figures; keeps the best weights and decides on early stopping."""
+    engine.train(False)
+    with torch.no_grad():
+        held_out = task.evaluate(engine)
+    figures.update({f"heldout_{name}": value for name, value in held_out.items()})
+    if held_out["loss"] < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.stale = held_out["loss"], step, 0
+        return {name: tensor.clone() for name, tensor in engine.weights().items()}
+    progress.stale += 1
+    progress.stopped = progress.stale >= task.settings.patience
+    return best
+
+
+def _saver(engine: Engine, best: dict[str, Tensor], rank: int) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        engine.save_state(folder)
+        if rank == 0 and best:
+            save_file(_untied(best), folder / BEST_FILE)
+
+    return save
+
+
+def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, since safetensors refuses tensors that share memory (tied embeddings)."""
+    return {name: tensor.clone().contiguous() for name, tensor in weights.items()}
+
+
+def _resumed(engine: Engine, session: Session) -> tuple[Progress, dict[str, Tensor], int]:
+    found = session.resume()
+    if found is None:
+        return Progress(), {}, 0
+    step, folder, memory = found
+    engine.load_state(folder)
+    best = load_file(folder / BEST_FILE) if (folder / BEST_FILE).exists() else {}
+    return Progress(**memory), best, step
+
+
+def _restore(engine: Engine, best: dict[str, Tensor]) -> None:
+    if best:
+        engine.set_weights(best)
+    engine.train(False)

@@ -1,0 +1,110 @@
+"""What every rank of every role shares: threads, the process group, and how models and engines are made from the configuration."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from actors.engine import Engine, Optimizer
+from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, save_model
+from conf.schema import Config
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """Which rank this is."""
+
+    role: str
+    rank: int
+    world_size: int
+    threads: int
+
+
+class Worker:
+    """Base of the role classes. Life: construct, `join` the group's process group, `load`, then the role's own methods."""
+
+    def __init__(self, config: Config, checkpoint: str, spec: RankSpec) -> None:
+        """Args:
+        checkpoint: Hugging Face folder of the weights this role starts from.
+        """
+        self.config, self.checkpoint, self.spec = config, checkpoint, spec
+        torch.set_num_threads(spec.threads)
+
+    def code_folder(self) -> str:
+        """Where this process found the `actors` package; the driver refuses ranks that run other code than its own."""
+        return str(Path(__file__).resolve().parent)
+
+    def open_store(self, host: str) -> tuple[str, int]:
+        """On rank 0: open the rendezvous on a port the system picks, and say where (no port is guessed, so none is raced for)."""
+        self._store = dist.TCPStore(host, 0, self.spec.world_size, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def join(self, host: str, port: int, timeout: float) -> None:
+        """Enter the process group; every rank of the role must call.
+
+        Raises:
+            DistStoreError, DistBackendError: a rank did not come within `timeout` seconds.
+        """
+        limit = datetime.timedelta(seconds=timeout)
+        if self.spec.rank > 0:
+            self._store = dist.TCPStore(host, port, self.spec.world_size, is_master=False, timeout=limit)
+        start_process_group(self.spec.rank, self.spec.world_size, self._store, limit)
+
+    def load(self) -> None:
+        """Build the model from `checkpoint`."""
+        raise NotImplementedError
+
+    def shut_down(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_process_group(rank: int, world_size: int, store: dist.Store, timeout: datetime.timedelta) -> None:
+    """The default process group: NCCL where there is CUDA, gloo elsewhere."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # one visible device per rank
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def process_group_of_one() -> None:
+    """The process group of a single process; roles of the local runtime share it."""
+    if not dist.is_initialized():
+        start_process_group(0, 1, dist.HashStore(), datetime.timedelta(seconds=60))
+
+
+def make_engine(config: Config, module: nn.Module, optimizer: Optimizer | None) -> Engine:
+    """The module in an engine as the configuration wants it."""
+    return Engine(
+        module, optimizer, zero_stage=config.zero_stage(), offload=config.engine.offload, dtype=config.model.dtype,
+        micro_batch=config.engine.micro_batch,
+    )  # fmt: skip
+
+
+def language_model(checkpoint: str, dropout: float = 0.0) -> LanguageModel:
+    return LanguageModel(load_causal_lm(checkpoint, dropout))
+
+
+def scalar_model(checkpoint: str, seed: int) -> ScalarModel:
+    return load_scalar_model(checkpoint, seed)
+
+
+def export(engine: Engine, folder: Path, rank: int) -> None:
+    """Write the model in Hugging Face form; every rank must call, rank 0 writes."""
+    weights = engine.weights()
+    if rank == 0:
+        save_model(engine.module, weights, folder)
+
+
+def warmed_up(lr: float, step: int, warmup: int) -> float:
+    """Linear warm-up from one tenth of `lr` over `warmup` steps, then constant (InstructGPT 2203.02155, C.4)."""
+    if step >= warmup:
+        return lr
+    return lr * (0.1 + 0.9 * step / warmup)

@@ -1,0 +1,425 @@
+"""The typed form of a configuration. Every setting is documented beneath itself.
+
+Hydra composes the YAML groups of this folder; `orchestration/config.py` turns the result into these frozen dataclasses and reports
+every mistake at once. Units: learning rates per optimizer step, times in seconds, KL in nats, lengths in tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field
+
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+
+STAGES = ("sft", "compare", "reward_model", "ppo", "evaluate")
+
+
+class Settings:
+    """Base of every section: a key that is not a field is an error."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Scale(Settings):
+    """The shape of a model built with random weights."""
+
+    name: str
+    """Name of the rung, for tables."""
+    architecture: Literal["llama", "opt"]
+    """Transformer family: `llama` for the small from-scratch rungs, `opt` for the GPT-3 ladder."""
+    layers: Count
+    """Transformer blocks."""
+    width: Count
+    """Width of the residual stream (d_model); a multiple of `heads`."""
+    heads: Count
+    """Attention heads."""
+    feed_forward: Count
+    """Inner width of each block's MLP."""
+    context: Count
+    """Longest sequence, prompt and reply together."""
+    vocabulary: Count
+    """Size of the byte-level BPE vocabulary that is learned when the tokenizer is made from the training data."""
+    zero_stage: Annotated[int, Ge(0), Le(3)]
+    """DeepSpeed ZeRO stage unless `engine.zero_stage` says otherwise."""
+    embedding: Whole = 0
+    """Width of the token embedding when it differs from `width` (OPT-350M's 512); 0: the same."""
+    post_layer_norm: bool = False
+    """Layer norm after each block instead of before (OPT-350M)."""
+
+
+@dataclass(frozen=True)
+class Model(Settings):
+    """Which language model the policy starts from."""
+
+    path: str | None
+    """A Hugging Face causal LM, by local path or hub name; null builds one of the `scale` with random weights."""
+    tokenizer: str | None
+    """A Hugging Face tokenizer, by local path or hub name; null takes the model's own, or learns one when the model is from scratch."""
+    dtype: Literal["fp32", "bf16"]
+    """Arithmetic of forward and backward passes; master weights are always fp32."""
+
+
+@dataclass(frozen=True)
+class RolePlacement(Settings):
+    """Where the ranks of one role run."""
+
+    ranks: Count
+    """Processes of this role; training roles shard over them by ZeRO."""
+    cpus: Positive
+    """CPUs that Ray reserves for each rank."""
+    gpus: NotNegative
+    """GPUs that Ray reserves for each rank; fractions share a device."""
+    threads: Count
+    """Threads of each rank's CPU arithmetic."""
+
+
+@dataclass(frozen=True)
+class Placement(Settings):
+    """How many ranks each role has and what each reserves."""
+
+    train: RolePlacement
+    """Ranks of the supervised and reward-model stages, run under Ray Train."""
+    policy: RolePlacement
+    """Ranks of the policy (the actor)."""
+    critic: RolePlacement
+    """Ranks of the critic (the value model)."""
+    reference: RolePlacement
+    """Ranks of the reference (the frozen SFT model)."""
+    reward: RolePlacement
+    """Ranks of the reward model."""
+    rollout: RolePlacement
+    """Rollout engines, which sample replies."""
+
+
+@dataclass(frozen=True)
+class Engine(Settings):
+    """DeepSpeed and memory."""
+
+    zero_stage: Annotated[int, Ge(0), Le(3)] | None
+    """ZeRO stage of every role that trains; null takes the scale's."""
+    offload: bool
+    """Keep optimizer state in CPU memory (ZeRO stages 1 to 3)."""
+    micro_batch: Count
+    """Sequences per forward and backward pass on one rank; less uses less memory and changes no result."""
+
+
+@dataclass(frozen=True)
+class Flaws(Settings):
+    """How often the embedded world's people write imperfect demonstrations; probabilities."""
+
+    opener: Share
+    """An empty phrase before the answer."""
+    closer: Share
+    """An empty phrase after the answer."""
+    agrees_with_false_premise: Share
+    """Goes along with a question whose premise is false."""
+    guesses_unknown: Share
+    """Invents an answer that it cannot know."""
+    helps_with_harm: Share
+    """Answers a request that should be refused."""
+    stonewalls: Share
+    """Does not admit a mistake when corrected."""
+    wrong_fact: Share
+    """Gets a fact wrong."""
+    refuses_harmless: Share
+    """Refuses a harmless request."""
+
+
+@dataclass(frozen=True)
+class WorldData(Settings):
+    """The embedded world (no files needed)."""
+
+    kind: Literal["world"]
+    """Source of the dialogues."""
+    demonstrations: Count
+    """Conversations to learn from."""
+    heldout: Count
+    """Further conversations for the held-out loss."""
+    prompts: Count
+    """Conversations that prompts for comparisons and PPO are drawn from."""
+    flaws: Flaws
+    """How people err."""
+
+
+@dataclass(frozen=True)
+class TaskmasterData(Settings):
+    """Taskmaster-4 coffee dialogues and human judgements, from files."""
+
+    kind: Literal["taskmaster"]
+    """Source of the dialogues."""
+    path: str | None
+    """The folder that holds `data/*.json.gz` and `reward/*.json.gz`."""
+    heldout: Count
+    """Dialogues kept for the held-out loss and as held-out contexts."""
+    heldout_judgements: Count
+    """Human judgements kept for the reward model's AUC; whole conversations are kept together."""
+    tool_response_chars: Count
+    """Longest API response shown in a context, in characters; the rest of it is left out from its middle."""
+
+
+@dataclass(frozen=True)
+class Labeler(Settings):
+    """Who ranks sampled answers."""
+
+    kind: Literal["simulated", "recorded"]
+    """`simulated`: the embedded world's noisy labeller. `recorded`: judgements that people made, from the data."""
+    agreement: Annotated[float, Gt(0.5), Lt(1)]
+    """Share of pairs on which two simulated labellers agree; sets their noise (InstructGPT's people: 0.726)."""
+
+
+@dataclass(frozen=True)
+class SFT(Settings):
+    """Supervised fine-tuning on dialogues; loss on assistant turns only."""
+
+    steps: Count
+    """Optimizer steps at most; the learning rate falls over them along a cosine to 10%."""
+    batch: Count
+    """Dialogues per optimizer step, over all ranks."""
+    lr: Positive
+    """Peak learning rate."""
+    warmup: Whole
+    """Steps of linear warm-up."""
+    weight_decay: NotNegative
+    """AdamW's decay."""
+    max_grad_norm: Positive
+    """Gradient norm above which gradients are scaled down."""
+    dropout: Annotated[float, Ge(0), Lt(1)]
+    """Dropout while fine-tuning (InstructGPT: 0.2); all later stages run without."""
+    eval_every: Count
+    """Steps between measurements of the held-out loss."""
+    patience: Count
+    """Measurements without improvement after which training stops; the best weights are kept."""
+
+
+@dataclass(frozen=True)
+class Compare(Settings):
+    """Comparisons: K sampled answers per prompt, ranked."""
+
+    prompts: Count
+    """Prompts to sample answers for."""
+    heldout_prompts: Count
+    """Further prompts of the judging split, for the reward model's held-out accuracy."""
+    k_min: Annotated[int, Ge(2)]
+    """Fewest answers per prompt."""
+    k_max: Annotated[int, Ge(2)]
+    """Most answers per prompt (InstructGPT: 4 to 9)."""
+    temperature: Positive
+    """Sampling temperature of the answers."""
+    max_new_tokens: Count
+    """Longest answer."""
+
+
+@dataclass(frozen=True)
+class RewardModel(Settings):
+    """Learning a reward from comparisons or judgements."""
+
+    steps: Count
+    """Optimizer steps at most."""
+    epochs: Count
+    """Passes over the training set at most (more than one overfits K-way comparisons: InstructGPT 2203.02155, C.2)."""
+    batch: Count
+    """Prompts per optimizer step for rankings, judged replies for judgements, over all ranks."""
+    lr: Positive
+    """Peak learning rate, falling along a cosine to 10%."""
+    warmup: Whole
+    """Steps of linear warm-up."""
+    weight_decay: NotNegative
+    """AdamW's decay."""
+    max_grad_norm: Positive
+    """Gradient norm above which gradients are scaled down."""
+    eval_every: Count
+    """Steps between measurements on held-out rows."""
+    patience: Count
+    """Measurements without improvement after which training stops; the best weights are kept."""
+    validation_share: Annotated[float, Gt(0), Lt(1)]
+    """Share of the training prompts or judgements that early stopping is decided on; the held-out ones are only reported."""
+
+
+@dataclass(frozen=True)
+class KL(Settings):
+    """The leash to the reference."""
+
+    controller: Literal["fixed", "adaptive"]
+    """`fixed`: beta stays. `adaptive`: beta follows the target (Ziegler et al. 1909.08593, 2.2)."""
+    beta: NotNegative
+    """Weight of the per-token penalty log pi - log pi_ref in the reward; the adaptive controller starts from it."""
+    target: Positive
+    """KL per reply, in nats, that the adaptive controller aims at."""
+    horizon: Positive
+    """Replies over which the adaptive controller corrects."""
+    budget: Positive
+    """KL per reply, in nats, above which a run stops and keeps the last weights within it."""
+
+
+@dataclass(frozen=True)
+class PPO(Settings):
+    """Proximal policy optimisation against the reward model (Schulman et al. 1707.06347; InstructGPT 2203.02155)."""
+
+    steps: Count
+    """Iterations: sample, score, learn."""
+    batch: Count
+    """Replies per iteration, one per prompt, over all ranks."""
+    minibatches: Count
+    """Optimizer steps per epoch; divides `batch`."""
+    epochs: Count
+    """Passes over each batch (InstructGPT: 1)."""
+    lr: Positive
+    """Policy learning rate after warm-up; constant."""
+    critic_lr: Positive
+    """Critic learning rate after warm-up; constant."""
+    warmup: Whole
+    """Iterations of linear learning-rate warm-up from one tenth."""
+    kl: KL
+    """The leash to the reference."""
+    gamma: Annotated[float, Gt(0), Le(1)]
+    """Discount per token."""
+    lam: Share
+    """GAE's lambda."""
+    clip: Positive
+    """Ratio clip: the objective is flat outside 1 +- clip."""
+    value_clip: Positive
+    """Clip of the value's move from the value at sampling time."""
+    whiten: bool
+    """Whiten advantages over all reply tokens of the batch."""
+    reward_clip: Positive
+    """Scores are clipped to +- this before shaping."""
+    missing_end_penalty: NotNegative
+    """Taken from the score of a reply that did not end by itself."""
+    temperature: Positive
+    """Sampling temperature; the same in old, current and reference log-probs."""
+    max_new_tokens: Count
+    """Longest reply."""
+    ptx: NotNegative
+    """Weight of a language-modelling loss mixed into each policy step (PPO-ptx; InstructGPT: 27.8)."""
+    ptx_batch: Count
+    """Dialogues in that loss per optimizer step, over all ranks; counts when `ptx` is above 0."""
+    weight_decay: NotNegative
+    """AdamW's decay, policy and critic."""
+    adam_epsilon: Positive
+    """AdamW's epsilon (the reference reproductions use 1e-5)."""
+    max_grad_norm: Positive
+    """Gradient norm above which gradients are scaled down."""
+
+
+@dataclass(frozen=True)
+class Evaluate(Settings):
+    """Judging the result against SFT."""
+
+    prompts: Count
+    """Held-out prompts."""
+    max_new_tokens: Count
+    """Longest reply."""
+    temperature: Positive
+    """Temperature of the sampled comparison (a greedy one is always made too)."""
+    bootstrap: Count
+    """Resamples of prompts for the 95% interval."""
+    conversations: Count
+    """Sampled conversations shown at the end, SFT beside PPO."""
+
+
+@dataclass(frozen=True)
+class Commit(Settings):
+    """Saving for resume."""
+
+    every: Count
+    """Steps between commits of SFT, reward-model training and PPO."""
+    keep: Count
+    """Commits kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class Deadlines(Settings):
+    """How long to wait before saying what is being waited for."""
+
+    start: Positive
+    """Seconds for all ranks of the roles to start and load their weights."""
+    step: Positive
+    """Seconds for any one call to the roles."""
+
+
+@dataclass(frozen=True)
+class Logging(Settings):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    progress: bool
+    """Show live progress on the terminal."""
+    wandb: Literal["off", "offline", "online"]
+    """Weights & Biases; `offline` needs no account."""
+    wandb_project: str
+    """The project that wandb files runs under."""
+    tensorboard: bool
+    """Write TensorBoard event files to `<run_dir>/tensorboard`."""
+
+
+@dataclass(frozen=True)
+class Ray(Settings):
+    """The Ray cluster."""
+
+    address: str | None
+    """A running cluster's address; null starts one in this machine and stops it at the end."""
+    object_store_mb: Count
+    """Object store of a cluster started here, in MiB."""
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """A whole run."""
+
+    experiment: str
+    """Name of the experiment file; names the run."""
+    run_dir: str
+    """Folder of the run; by default runs/<experiment>."""
+    seed: Whole
+    """Seed of every draw: weights, data, samples."""
+    stage: Literal["all", "sft", "compare", "reward_model", "ppo", "evaluate"]
+    """Which stage to run; `all` runs them in order."""
+    rerun_from: Literal["sft", "compare", "reward_model", "ppo", "evaluate"] | None
+    """Discard this stage's results and all after it (on the command line: `from=`)."""
+    policy_checkpoint: str | None
+    """Starting weights (Hugging Face format) when a stage is run without its predecessor: the SFT model."""
+    reward_checkpoint: str | None
+    """The reward model's weights when `stage=ppo` is run without `reward_model`."""
+    runtime: Literal["ray", "local"]
+    """`ray`: roles are actors on a cluster. `local`: one rank per role, in this process, for a debugger."""
+    scale: Scale
+    """Model shape."""
+    model: Model
+    """Starting model and tokenizer."""
+    placement: Placement
+    """Ranks and resources."""
+    engine: Engine
+    """DeepSpeed."""
+    data: Annotated[WorldData | TaskmasterData, Field(discriminator="kind")]
+    """Dialogues, prompts and judgements."""
+    labeler: Labeler
+    """Who ranks."""
+    sft: SFT
+    """Stage 1."""
+    compare: Compare
+    """Stage 2."""
+    reward_model: RewardModel
+    """Stage 3."""
+    ppo: PPO
+    """Stage 4."""
+    evaluate: Evaluate
+    """Stage 5."""
+    commit: Commit
+    """Resume."""
+    deadlines: Deadlines
+    """Waiting."""
+    logging: Logging
+    """Metrics."""
+    ray: Ray
+    """Cluster."""
+
+    def zero_stage(self) -> int:
+        """The ZeRO stage in force."""
+        return self.scale.zero_stage if self.engine.zero_stage is None else self.engine.zero_stage

@@ -1,0 +1,145 @@
+"""The command line: a table of verbs.
+
+    chatray run experiment=quickstart [stage=… from=… any.setting=value …]
+    chatray report run=runs/NAME
+    chatray chat run=runs/NAME [stage=ppo]
+    chatray config experiment=… (the resolved configuration)
+
+Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from orchestration.errors import RequestError, RunError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `chatray` command; returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print((__doc__ or "").strip())
+        return 0
+    try:
+        _refuse_other_code()
+        if words[0] not in VERBS:
+            raise RequestError(f"{words[0]}: no such command; choose from {', '.join(VERBS)}")
+        VERBS[words[0]](words[1:])
+        return 0
+    except RequestError as error:
+        for mistake in error.mistakes:
+            print(f"chatray: {mistake}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"chatray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("chatray: stopped; the same command goes on from the last commit", file=sys.stderr)
+        return 1
+
+
+def _refuse_other_code() -> None:
+    """`conf` and `actors` are common names: make sure that those imported are chatray's own, beside this file.
+
+    Raises:
+        RequestError: another folder of that name stands first on the path.
+    """
+    import actors
+    import conf
+
+    home = Path(__file__).resolve().parent.parent
+    for package in (actors, conf):
+        found = Path(package.__file__ or "").resolve().parent
+        if found.parent != home:
+            raise RequestError(
+                f"the package {package.__name__!r} was found in {found}, not beside chatray's own code in {home}; "
+                "start chatray from another folder, or clear PYTHONPATH"
+            )
+
+
+def _run(words: Sequence[str]) -> None:
+    from orchestration import config as configuration
+
+    config = configuration.load(words)
+    _quiet()
+    from orchestration import recipe, report
+
+    recipe.run(config)
+    report.show(Path(config.run_dir), config.evaluate.conversations, config.seed)
+    if (Path(config.run_dir) / "round_01" / "ppo" / "checkpoint").exists():
+        print(f"Talk to it: chatray chat run={os.path.relpath(config.run_dir, os.environ.get('PWD', '.'))}")
+
+
+def _config(words: Sequence[str]) -> None:
+    from orchestration import config as configuration
+
+    print(configuration.as_yaml(configuration.load(words)), end="")
+
+
+def _report(words: Sequence[str]) -> None:
+    options = _options(words, {"run": None, "conversations": "4", "seed": "0"})
+    from orchestration import report
+
+    report.show(Path(options["run"]).resolve(), _whole(options, "conversations"), _whole(options, "seed"))
+
+
+def _chat(words: Sequence[str]) -> None:
+    options = _options(words, {"run": None, "stage": "ppo", "temperature": "1.0", "seed": "0"})
+    _quiet()
+    from orchestration.talk import talk
+
+    try:
+        temperature = float(options["temperature"])
+    except ValueError as cause:
+        raise RequestError(f"temperature={options['temperature']}: not a number") from cause
+    talk(Path(options["run"]).resolve(), options["stage"], temperature, _whole(options, "seed"))
+
+
+def _whole(options: dict[str, str], name: str) -> int:
+    if not options[name].isdigit():
+        raise RequestError(f"{name}={options[name]}: not a whole number")
+    return int(options[name])
+
+
+def _options(words: Sequence[str], defaults: dict[str, str | None]) -> dict[str, str]:
+    """`key=value` words over defaults; None marks one that must be given.
+
+    Raises:
+        RequestError: an unknown or missing key.
+    """
+    from orchestration.config import nearest
+
+    found = dict(defaults)
+    mistakes = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in defaults:
+            mistakes.append(f"{word}: no such option; did you mean {nearest(key, defaults)[0]}=?")
+        found[key] = value
+    mistakes += [f"{key}=: needed" for key, value in found.items() if not value]
+    if mistakes:
+        raise RequestError(mistakes)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _quiet() -> None:
+    """Keep libraries from writing between the lines of the progress display."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "report": _report, "chat": _chat, "config": _config}
+
+if __name__ == "__main__":
+    sys.exit(main())

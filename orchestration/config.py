@@ -1,0 +1,241 @@
+"""From YAML and overrides to a frozen, typed `Config`, or to one list of everything that is wrong with the request.
+
+The only file that imports Hydra and OmegaConf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+import conf
+from conf.schema import Config, TaskmasterData, WorldData
+from orchestration.errors import RequestError
+
+FOLDER = Path(conf.__file__).resolve().parent
+ALIASES = {"from": "rerun_from"}
+ROLES = ("policy", "critic", "reference", "reward", "rollout")
+
+
+def load(overrides: Sequence[str], working_directory: Path | None = None) -> Config:
+    """The configuration that the overrides ask for, checked.
+
+    Args:
+        overrides: in Hydra's grammar, e.g. `experiment=quickstart ppo.lr=1e-4`.
+        working_directory: what relative paths start from; the current one by default.
+
+    Raises:
+        RequestError: with every mistake found in the overrides, the types and what they add up to.
+    """
+    parsed, mistakes = _parse(overrides)
+    plain = _compose(parsed, mistakes)
+    if plain is None:
+        raise RequestError(mistakes)
+    name = plain.get("experiment") or "run"
+    plain["run_dir"] = plain.get("run_dir") or f"runs/{name}"
+    config = _typed(plain, mistakes)
+    if config is not None:
+        config = with_absolute_paths(config, working_directory or Path.cwd())
+        mistakes += list(contradictions(config))
+    if mistakes or config is None:
+        raise RequestError(mistakes)
+    return config
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+    parsed, mistakes = [], []
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        text = f"{ALIASES.get(key, key)}{sign}{value}"
+        try:
+            parsed += OverridesParser.create().parse_overrides([text])
+        except HydraException as cause:
+            mistakes.append(f"{text}: not an override of the form key=value ({str(cause).splitlines()[0]})")
+    return parsed, mistakes
+
+
+def groups() -> dict[str, list[str]]:
+    """The choices of each Hydra group."""
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(FOLDER.iterdir()) if list(p.glob("*.yaml"))}
+
+
+def _compose(parsed: list[Override], mistakes: list[str]) -> dict[str, Any] | None:
+    choices = groups()
+    accepted = []
+    for override in parsed:
+        if override.is_sweep_override():
+            mistakes.append(f"{override.input_line}: one value is needed here, not a sweep")
+        elif override.key_or_group in choices and isinstance(override.value(), str):
+            if str(override.value()) in choices[override.key_or_group]:
+                accepted.append(override.input_line)
+            else:
+                near = nearest(str(override.value()), choices[override.key_or_group])
+                mistakes.append(f"{override.input_line}: no such {override.key_or_group}; choose from {', '.join(near)}")
+        else:  # forced in, so that an unknown key is reported together with all other mistakes, by `_typed`
+            accepted.append(override.input_line if override.input_line[0] in "+~" else f"++{override.input_line}")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
+            return OmegaConf.to_container(compose("config", overrides=accepted), resolve=True)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as cause:
+        mistakes.append(f"the configuration cannot be composed: {str(cause).splitlines()[0]}")
+        return None
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """All names, the most similar first."""
+    return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, word, name).ratio())
+
+
+def _typed(plain: dict[str, Any], mistakes: list[str]) -> Config | None:
+    try:
+        # JSON mode: strict about types (no "3" for 3), yet a dict may become a dataclass
+        return TypeAdapter(Config).validate_json(json.dumps(plain), strict=True)
+    except ValidationError as found:
+        known = list(leaves(Config))
+        for error in found.errors():
+            # the tag of a union appears in the location but is no key
+            key = ".".join(str(part) for part in error["loc"] if part not in ("world", "taskmaster"))
+            if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                mistakes.append(f"{key}: no such setting; did you mean {nearest(key, known)[0]}?")
+            else:
+                mistakes.append(f"{key}={error['input']!r}: {error['msg']}")
+        return None
+
+
+def leaves(section: type, prefix: str = "") -> Iterable[str]:
+    """Dotted names of every setting below a section."""
+    hints = {f.name: f for f in dataclasses.fields(section)}
+    for name in hints:
+        kinds = _sections_of(section, name)
+        if not kinds:
+            yield prefix + name
+        for kind in kinds:
+            yield from leaves(kind, f"{prefix}{name}.")
+
+
+def _sections_of(section: type, name: str) -> list[type]:
+    from typing import get_args, get_type_hints
+
+    hint = get_type_hints(section)[name]
+    options = [hint, *get_args(hint)]
+    return [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
+
+
+def with_absolute_paths(config: Config, base: Path) -> Config:
+    """Paths resolved against `base`, once, before anything changes directory."""
+
+    def resolved(path: str | None) -> str | None:
+        return str((base / path).resolve()) if path else path
+
+    def if_local(name: str | None) -> str | None:  # a hub name stays as it is
+        return resolved(name) if name and (base / name).exists() else name
+
+    data = config.data
+    if isinstance(data, TaskmasterData):
+        data = dataclasses.replace(data, path=resolved(data.path))
+    model = dataclasses.replace(config.model, path=if_local(config.model.path), tokenizer=if_local(config.model.tokenizer))
+    return dataclasses.replace(
+        config, run_dir=resolved(config.run_dir), data=data, model=model,
+        policy_checkpoint=if_local(config.policy_checkpoint), reward_checkpoint=if_local(config.reward_checkpoint),
+    )  # fmt: skip
+
+
+def contradictions(config: Config) -> Iterable[str]:
+    """What no single setting shows: values that do not go together, and files that are not there."""
+    yield from _shapes(config)
+    yield from _ranks(config)
+    yield from _files(config)
+    yield from _choices(config)
+
+
+def _shapes(config: Config) -> Iterable[str]:
+    scale, compare = config.scale, config.compare
+    if scale.width % scale.heads:
+        yield f"scale.width={scale.width}: not a multiple of scale.heads={scale.heads}"
+    if compare.k_min > compare.k_max:
+        yield f"compare.k_min={compare.k_min}: above compare.k_max={compare.k_max}"
+    for stage, length in (("compare", compare.max_new_tokens), ("ppo", config.ppo.max_new_tokens), ("evaluate", config.evaluate.max_new_tokens)):
+        if config.model.path is None and length >= scale.context:
+            yield f"{stage}.max_new_tokens={length}: leaves no room for a prompt in scale.context={scale.context}"
+
+
+def _ranks(config: Config) -> Iterable[str]:
+    place, ppo = config.placement, config.ppo
+    together = math.lcm(*(getattr(place, role).ranks for role in ROLES))
+    if ppo.batch % together:
+        counts = ", ".join(f"{role} {getattr(place, role).ranks}" for role in ROLES)
+        yield f"ppo.batch={ppo.batch}: not divisible by {together}, the least common multiple of the roles' ranks ({counts})"
+    for role in ("policy", "critic"):
+        ranks = getattr(place, role).ranks
+        if ppo.batch % (ranks * ppo.minibatches):
+            yield f"ppo.batch={ppo.batch}: not divisible by ppo.minibatches={ppo.minibatches} x placement.{role}.ranks={ranks}"
+    if ppo.ptx > 0 and ppo.ptx_batch % place.policy.ranks:
+        yield f"ppo.ptx_batch={ppo.ptx_batch}: not divisible by placement.policy.ranks={place.policy.ranks}"
+    for stage, batch in (("sft", config.sft.batch), ("reward_model", config.reward_model.batch)):
+        if batch % place.train.ranks:
+            yield f"{stage}.batch={batch}: not divisible by placement.train.ranks={place.train.ranks}"
+    if config.runtime == "local":
+        for role in ("train", *ROLES):
+            if getattr(place, role).ranks > 1:
+                yield f"placement.{role}.ranks={getattr(place, role).ranks}: runtime=local runs one rank per role; use runtime=ray"
+
+
+def _files(config: Config) -> Iterable[str]:
+    data = config.data
+    if isinstance(data, TaskmasterData):
+        if data.path is None:
+            yield "data.path: needed; the folder of Taskmaster-4 that holds data/ and reward/"
+        else:
+            for part in ("data", "reward"):
+                if not list((Path(data.path) / part).glob("*.json*")):
+                    yield f"data.path={data.path}: there is no {part}/*.json or {part}/*.json.gz in it"
+    for name in ("policy_checkpoint", "reward_checkpoint"):
+        path = getattr(config, name)
+        if path and path.startswith(("/", "./", "../")) and not (Path(path) / "config.json").exists():
+            yield f"{name}={path}: no Hugging Face checkpoint there (no config.json)"
+    if config.model.path and config.model.path.startswith(("/", ".")) and not (Path(config.model.path) / "config.json").exists():
+        yield f"model.path={config.model.path}: no Hugging Face checkpoint there (no config.json)"
+    parent = Path(config.run_dir)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        yield f"run_dir={config.run_dir}: {parent} is not a folder that can be written to"
+
+
+def _choices(config: Config) -> Iterable[str]:
+    if config.labeler.kind == "simulated" and not isinstance(config.data, WorldData):
+        yield "labeler=simulated: it can rank answers in the embedded world only; use labeler=recorded with this data"
+    if config.labeler.kind == "recorded" and isinstance(config.data, WorldData):
+        yield "labeler=recorded: the embedded world has no recorded judgements; use labeler=simulated"
+    if config.logging.wandb == "online" and not os.environ.get("WANDB_API_KEY") and not (Path.home() / ".netrc").exists():
+        yield "logging.wandb=online: no WANDB_API_KEY in the environment; log in, or use logging.wandb=offline"
+    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        yield "logging.tensorboard=true: the package tensorboard is not installed; pip install tensorboard"
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)

@@ -1,0 +1,17 @@
+"""The two ways a run ends badly, and their exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RequestError(Exception):
+    """The request was wrong: exit code 2. Holds every mistake found, each naming the value, the cause and the setting to change."""
+
+    def __init__(self, mistakes: Sequence[str] | str) -> None:
+        self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+class RunError(Exception):
+    """The run failed: exit code 1. What was committed stays, and the same command goes on from there."""

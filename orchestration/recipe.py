@@ -1,0 +1,130 @@
+"""The recipe: the stages in order, each skipped when it is complete under the same identity."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.schema import STAGES, Config
+from orchestration.config import as_dict, as_yaml
+from orchestration.data.source import open_source
+from orchestration.errors import RequestError
+from orchestration.metrics import Metrics, PeakMemory
+from orchestration.roles import connect
+from orchestration.run_directory import RunDirectory, read_json, write_json
+from orchestration.stages import compare, evaluate, ppo, reward_model, sft
+from orchestration.stages.context import Shared, StageContext, input_of
+
+RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
+    "sft": sft.run, "compare": compare.run, "reward_model": reward_model.run, "ppo": ppo.run, "evaluate": evaluate.run,
+}  # fmt: skip
+INPUTS = {"sft": (), "compare": ("sft",), "reward_model": ("sft", "compare"), "ppo": ("sft", "reward_model"),
+          "evaluate": ("sft", "reward_model", "ppo")}  # fmt: skip
+"""The earlier stages each stage starts from."""
+SECTIONS = {
+    "sft": ("seed", "scale", "model", "sft"),
+    "compare": ("seed", "labeler", "compare"),
+    "reward_model": ("seed", "model", "reward_model"),
+    "ppo": ("seed", "model", "ppo"),
+    "evaluate": ("seed", "evaluate"),
+}
+"""The settings that decide a stage's result. Ranks, memory, logging and deadlines do not."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run what is asked for and not yet done; returns the content of summary.json.
+
+    Raises:
+        RequestError: a stage's inputs are missing, or it was run with other settings.
+        RunError: a stage failed; what it committed stays.
+    """
+    began = time.monotonic()
+    memory = PeakMemory()
+    memory.start()
+    directory = RunDirectory(Path(config.run_dir), config.commit.keep)
+    shared = Shared(config, open_source(config), connect)
+    wanted = STAGES if config.stage == "all" else (config.stage,)
+    identities = check(config, directory, shared, wanted)
+    prepare(config, directory)
+    metrics = Metrics(config)
+    try:
+        ran = [name for name in wanted if _run_stage(name, config, directory, shared, metrics, identities)]
+    finally:
+        metrics.close()
+        shared.close()
+    return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop())
+
+
+def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> dict[str, Any]:
+    """Find out what is wrong before anything starts or is written: changed stages, missing inputs.
+
+    Returns:
+        The identity of each stage that can be known yet.
+    """
+    first = STAGES.index(config.rerun_from) if config.rerun_from else len(STAGES)
+    for name in wanted:
+        if STAGES.index(name) >= first:
+            continue
+        if all(source in directory.results() or _named(config, source) for source in INPUTS[name]):
+            directory.is_complete(name, identity(name, config, directory, shared))
+    if config.stage != "all":
+        for source in INPUTS[config.stage]:
+            if config.rerun_from and STAGES.index(source) >= first:
+                raise RequestError(f"from={config.rerun_from}: it would discard stage {source!r}, which stage={config.stage} starts from")
+            input_of(config, directory, config.stage, source)
+    return {}
+
+
+def _named(config: Config, stage: str) -> bool:
+    return bool({"sft": config.policy_checkpoint, "reward_model": config.reward_checkpoint}.get(stage))
+
+
+def prepare(config: Config, directory: RunDirectory) -> None:
+    """Make the run's folder, discard what `from=` names, and note the configuration."""
+    directory.path.mkdir(parents=True, exist_ok=True)
+    if config.rerun_from:
+        directory.discard_from(config.rerun_from)
+    (directory.path / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+
+
+def identity(name: str, config: Config, directory: RunDirectory, shared: Shared) -> dict[str, Any]:
+    """What decides a stage's result: its settings, the data, and the results it starts from."""
+    settings = as_dict(config)
+    inputs: dict[str, Any] = {"data": shared.source.fingerprint()}
+    for source in INPUTS[name]:
+        named = {"sft": config.policy_checkpoint, "reward_model": config.reward_checkpoint}.get(source)
+        inputs[source] = named or directory.output_of(source)
+    plain = {section: settings[section] for section in SECTIONS[name]}
+    return json.loads(json.dumps({"settings": plain, "inputs": inputs}))
+
+
+def _run_stage(
+    name: str, config: Config, directory: RunDirectory, shared: Shared, metrics: Metrics, identities: dict[str, Any]
+) -> bool:
+    """Run one stage unless it is complete; True when it ran."""
+    mine = identity(name, config, directory, shared)
+    if directory.is_complete(name, mine):
+        metrics.say(f"{name}: complete, skipped")
+        return False
+    directory.begin(name, mine)
+    began = time.monotonic()
+    result = RUN[name](StageContext(name, config, directory, metrics, shared))
+    seconds = time.monotonic() - began
+    directory.complete(name, mine, result | {"seconds": seconds})
+    metrics.say(f"{name}: done in {seconds:.0f} s")
+    return True
+
+
+def summarise(directory: RunDirectory, seconds: float, peak: int) -> dict[str, Any]:
+    """Write summary.json: headline figures by stage, for programs."""
+    before = read_json(directory.path / "summary.json")
+    summary = {
+        "seconds": before.get("seconds", 0.0) + seconds,
+        "peak_rss_bytes": max(before.get("peak_rss_bytes", 0), peak),
+        "stages": directory.results(),
+    }
+    write_json(directory.path / "summary.json", summary)
+    return summary

@@ -1,0 +1,96 @@
+"""What a run found, for people: a table of results and a few conversations, SFT beside PPO, on the terminal and as a page."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from orchestration.errors import RequestError
+from orchestration.run_directory import RunDirectory, read_json
+from orchestration.stages.evaluate import CONVERSATIONS_FILE
+
+ROWS = (
+    ("SFT held-out loss", "sft", "heldout_nats_per_token", "nats/token"),
+    ("", "sft", "heldout_nats_per_char", "nats/character"),
+    ("Labellers agree on", "compare", "labeler_agreement", "of pairs"),
+    ("Reward model, held-out accuracy", "reward_model", "heldout_pairwise_accuracy", "of pairs"),
+    ("  the exact grade reaches", "reward_model", "labeler_ceiling", "of pairs"),
+    ("  TF-IDF on the same comparisons", "reward_model", "baseline_pairwise_accuracy", "of pairs"),
+    ("Reward model, held-out AUC", "reward_model", "heldout_auc", ""),
+    ("  TF-IDF on the same judgements", "reward_model", "baseline_auc", ""),
+    ("PPO: KL to the reference", "ppo", "kl", "nats/reply"),
+    ("  budget", "ppo", "kl_budget", "nats/reply"),
+    ("Gold score, SFT", "evaluate", "gold_sft", ""),
+    ("Gold score, PPO", "evaluate", "gold_ppo", ""),
+    ("PPO wins over SFT (sampled)", "evaluate", "gold_win_rate_vs_sft", ""),
+    ("  95% interval", "evaluate", "gold_win_rate_ci95", ""),
+    ("PPO wins over SFT (greedy)", "evaluate", "gold_win_rate_greedy", ""),
+    ("Reward-model score, SFT", "evaluate", "rm_score_sft", ""),
+    ("Reward-model score, PPO", "evaluate", "rm_score_ppo", ""),
+    ("KL on held-out prompts", "evaluate", "kl", "nats/reply"),
+    ("Reply length, SFT", "evaluate", "reply_tokens_sft", "tokens"),
+    ("Reply length, PPO", "evaluate", "reply_tokens_ppo", "tokens"),
+    ("Held-out prompts", "evaluate", "prompts", ""),
+)
+
+
+def show(path: Path, count: int, seed: int) -> None:
+    """Print a run's report and write it to `report.html`.
+
+    Raises:
+        RequestError: there is no run at `path`.
+    """
+    summary = read_json(path / "summary.json")
+    if not summary:
+        raise RequestError(f"run={path}: no run there (no summary.json)")
+    # one recording for the page, whatever the terminal is; drawn to nowhere
+    page = Console(record=True, width=110, file=io.StringIO())
+    for console in (Console(), page):
+        console.print(results(summary))
+        for panel in conversations(path, count, seed):
+            console.print(panel)
+    page.save_html(str(path / "report.html"))
+
+
+def results(summary: dict[str, Any]) -> Table:
+    """The table of headline figures; a figure that does not apply is not there."""
+    table = Table(title=f"Results ({summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.1f} GiB)")
+    for title, justify in (("what", "left"), ("figure", "right"), ("unit", "left")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for title, stage, name, unit in ROWS:
+        value = summary["stages"].get(stage, {}).get(name)
+        if value is not None:
+            table.add_row(title, _number(value), unit)
+    return table
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(f"{v:.3f}" for v in value)
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def conversations(path: Path, count: int, seed: int) -> list[Panel]:
+    """A few evaluated prompts with both models' sampled replies, chosen at random."""
+    file = RunDirectory(path, 1).stage("evaluate").checkpoint / CONVERSATIONS_FILE
+    if not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    chosen = random.Random(seed).sample(rows, min(count, len(rows)))
+    return [Panel(_conversation(row), title=row["id"], title_align="left") for row in chosen]
+
+
+def _conversation(row: dict[str, Any]) -> str:
+    from rich.markup import escape
+
+    lines = [f"[dim]{m['role']:>9}[/dim]  {escape(m['content'])}" for m in row["context"]]
+    for name, colour in (("sft", "yellow"), ("ppo", "green")):
+        lines.append(f"[{colour}]{name.upper():>9}[/{colour}]  {escape(row['replies'][name])}   [dim]score {row['rm_scores'][name]:+.2f}[/dim]")
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""The roles as the stages see them: typed groups, started on whichever runtime the configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from actors.batch import Dialogues, Experience, Prompts, Rollouts
+from actors.critic import Critic
+from actors.policy import Policy
+from actors.reference import Reference
+from actors.reward import Reward
+from actors.rollout import Rollout, Sampling
+from actors.weight_sync import WeightUpdate
+from conf.schema import Config
+from orchestration.runtime.dispatch import Pieces
+from orchestration.runtime.group import Group, RoleRequest, Runtime
+
+CLASSES = {"policy": Policy, "critic": Critic, "reference": Reference, "reward": Reward, "rollout": Rollout}
+
+
+@dataclass(frozen=True)
+class PolicyGroup:
+    """The actor."""
+
+    group: Group
+
+    def logprobs(self, rollouts: Pieces[Rollouts]) -> Pieces[Tensor]:
+        return self.group.map(Policy.logprobs, rollouts)
+
+    def experience(
+        self, rollouts: Pieces[Rollouts], scores: Pieces[Tensor], reference: Pieces[Tensor], values: Pieces[Tensor], beta: float
+    ) -> Pieces[Experience]:
+        return self.group.map(Policy.experience, rollouts, scores, reference, values, beta=beta)
+
+    def update(self, experience: Pieces[Experience], pretraining: Pieces[Dialogues], step: int) -> Pieces[dict[str, float]]:
+        return self.group.each(Policy.update, experience, pretraining, step=step)
+
+    def weights(self, version: int) -> Pieces[WeightUpdate]:
+        return self.group.each(Policy.weights, version=version)
+
+    def restore(self, update: Pieces[WeightUpdate]) -> Pieces[None]:
+        return self.group.each(Policy.restore, update=update)
+
+    def save_state(self, folder: str) -> Pieces[None]:
+        return self.group.each(Policy.save_state, folder=folder)
+
+    def load_state(self, folder: str) -> Pieces[None]:
+        return self.group.each(Policy.load_state, folder=folder)
+
+    def export(self, folder: str) -> Pieces[None]:
+        return self.group.each(Policy.export, folder=folder)
+
+
+@dataclass(frozen=True)
+class CriticGroup:
+    """The value model."""
+
+    group: Group
+
+    def values(self, rollouts: Pieces[Rollouts]) -> Pieces[Tensor]:
+        return self.group.map(Critic.values, rollouts)
+
+    def update(self, experience: Pieces[Experience], step: int) -> Pieces[dict[str, float]]:
+        return self.group.each(Critic.update, experience, step=step)
+
+    def save_state(self, folder: str) -> Pieces[None]:
+        return self.group.each(Critic.save_state, folder=folder)
+
+    def load_state(self, folder: str) -> Pieces[None]:
+        return self.group.each(Critic.load_state, folder=folder)
+
+
+@dataclass(frozen=True)
+class ReferenceGroup:
+    """The frozen SFT model."""
+
+    group: Group
+
+    def logprobs(self, rollouts: Pieces[Rollouts], temperature: float) -> Pieces[Tensor]:
+        return self.group.map(Reference.logprobs, rollouts, temperature=temperature)
+
+
+@dataclass(frozen=True)
+class RewardGroup:
+    """The reward model."""
+
+    group: Group
+
+    def score(self, rollouts: Pieces[Rollouts]) -> Pieces[Tensor]:
+        return self.group.map(Reward.score, rollouts)
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The engines that sample."""
+
+    group: Group
+
+    def generate(self, prompts: Pieces[Prompts], sampling: Sampling) -> Pieces[Rollouts]:
+        return self.group.map(Rollout.generate, prompts, sampling=sampling)
+
+    def load_weights(self, update: Pieces[WeightUpdate]) -> Pieces[int]:
+        return self.group.each(Rollout.load_weights, update=update)
+
+    def reload(self, checkpoint: str) -> Pieces[None]:
+        return self.group.each(Rollout.reload, checkpoint=checkpoint)
+
+
+_TYPED = {"policy": PolicyGroup, "critic": CriticGroup, "reference": ReferenceGroup, "reward": RewardGroup, "rollout": RolloutGroup}
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The groups a stage asked for; asking for another is an error of the stage."""
+
+    policy: PolicyGroup
+    critic: CriticGroup
+    reference: ReferenceGroup
+    reward: RewardGroup
+    rollout: RolloutGroup
+
+
+def start(runtime: Runtime, config: Config, checkpoints: dict[str, str]) -> Roles:
+    """Start the named roles, each from its weights.
+
+    Args:
+        checkpoints: role name -> Hugging Face folder. Roles that are not named are not started.
+    """
+    requests = [RoleRequest(name, CLASSES[name], path, getattr(config.placement, name)) for name, path in checkpoints.items()]
+    groups = runtime.start(requests)
+    typed: dict[str, Any] = {name: _TYPED[name](groups[name]) if name in groups else None for name in CLASSES}
+    return Roles(**typed)
+
+
+def connect(config: Config) -> Runtime:
+    """The configured runtime."""
+    if config.runtime == "local":
+        from orchestration.runtime.local import LocalRuntime
+
+        return LocalRuntime(config)
+    from orchestration.runtime.cluster import RayRuntime
+
+    return RayRuntime(config)
+
+
+def rank_counts(config: Config) -> Sequence[int]:
+    """Ranks of every role, for cutting batches that all can share evenly."""
+    return [getattr(config.placement, name).ranks for name in CLASSES]

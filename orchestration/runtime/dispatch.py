@@ -1,0 +1,55 @@
+"""How a batch is spread over ranks: in pieces, consecutive pieces to each rank.
+
+The driver cuts a batch once; from then on pieces keep their order and their rows, whichever role works on them. So the pieces that one
+role gives back line up with those of every other role.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from actors.batch import Batch
+
+T = TypeVar("T")
+B = TypeVar("B", bound=Batch)
+
+
+@dataclass(frozen=True)
+class Pieces(Generic[T]):
+    """A batch in pieces: values in one process, references on a cluster."""
+
+    items: list[Any]
+    calls: list[Any]
+    """What to wait for before the items are there (empty: they are)."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def cut(batch: B, together: int, micro_batch: int) -> list[B]:
+    """Equal pieces of at most about `micro_batch` rows, their number a multiple of `together`.
+
+    Args:
+        together: a multiple of every role's rank count; divides the number of rows.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if len(batch) % together:
+        raise ValueError(f"a batch of {len(batch)} rows cannot be spread evenly over {together} ranks")
+    share = len(batch) // together
+    per_rank = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= micro_batch)
+    return [piece.trimmed() for piece in batch.split(share // per_rank)]
+
+
+def shares(items: list[Any], ranks: int) -> list[list[Any]]:
+    """Consecutive equal shares of the pieces, one per rank.
+
+    Raises:
+        ValueError: the number of pieces is not a multiple of `ranks`.
+    """
+    if len(items) % ranks:
+        raise ValueError(f"{len(items)} pieces cannot be spread evenly over {ranks} ranks")
+    size = len(items) // ranks
+    return [items[i * size : (i + 1) * size] for i in range(ranks)]

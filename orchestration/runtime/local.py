@@ -1,0 +1,63 @@
+"""One rank per role, in this process: for a debugger, and for tests that should be fast."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from actors.worker import RankSpec, Worker, process_group_of_one
+from conf.schema import Config
+from orchestration.runtime.dispatch import Pieces
+from orchestration.runtime.group import Group, RoleRequest
+
+
+class LocalGroup:
+    """A role's only rank."""
+
+    size = 1
+
+    def __init__(self, name: str, rank: Worker) -> None:
+        self.name, self.rank = name, rank
+
+    def map(self, method: Callable[..., Any], *pieces: Pieces[Any], **common: Any) -> Pieces[Any]:
+        return Pieces(method(self.rank, *(p.items for p in pieces), **_plain(common)), [])
+
+    def each(self, method: Callable[..., Any], *pieces: Pieces[Any], **common: Any) -> Pieces[Any]:
+        return Pieces([method(self.rank, *(p.items for p in pieces), **_plain(common))], [])
+
+
+def _plain(common: dict[str, Any]) -> dict[str, Any]:
+    """Common arguments that are pieces (weights, say) stand for their first item."""
+    return {name: value.items[0] if isinstance(value, Pieces) else value for name, value in common.items()}
+
+
+class LocalRuntime:
+    """Calls are made at once and in order, so there is nothing to wait for."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        process_group_of_one()
+
+    def start(self, requests: Sequence[RoleRequest]) -> dict[str, Group]:
+        groups: dict[str, Group] = {}
+        for request in requests:
+            rank = request.role(self.config, request.checkpoint, RankSpec(request.name, 0, 1, request.place.threads))
+            rank.load()
+            groups[request.name] = LocalGroup(request.name, rank)
+        return groups
+
+    def put(self, items: Sequence[Any]) -> Pieces[Any]:
+        return Pieces(list(items), [])
+
+    def wait(self, *pieces: Pieces[Any], what: str) -> None:
+        pass
+
+    def get(self, pieces: Pieces[Any], what: str) -> list[Any]:
+        return list(itertools.chain(pieces.items))
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,150 @@
+"""Supervised stages: the same training loop under Ray Train, or in this process. The only place that knows Ray Train.
+
+Ray Train starts the ranks and their process group; it retries nothing (`max_failures=0`) and stores no checkpoints: the run directory
+is the only writer of those, and running the command again is the only recovery.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from actors.trainer import Task, train
+from actors.worker import process_group_of_one
+from conf.schema import Config
+from orchestration.errors import RunError
+from orchestration.run_directory import StageDirectory, sealed
+
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class DirectorySession:
+    """The training loop's `Session`, kept in a stage's folder."""
+
+    rank: int
+    world_size: int
+    directory: StageDirectory
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.directory.append({"step": step, **metrics})
+
+    def commit(self, step: int, save: Callable[[Path], None], memory: dict[str, Any]) -> None:
+        folder = self.directory.path / "state" / f"step_{step:06d}"
+        if self.rank == 0:
+            self.directory.begin_state(step)
+        dist.barrier()
+        save(folder)
+        dist.barrier()
+        if self.rank == 0:
+            self.directory.seal_state(step, memory)
+
+    def resume(self) -> tuple[int, Path, dict[str, Any]] | None:
+        point = self.directory.last()
+        if self.rank == 0:
+            self.directory.forget_after(point.step if point else 0)
+        dist.barrier()
+        return (point.step, point.folder, point.memory) if point else None
+
+    def export(self, save: Callable[[Path], None]) -> None:
+        if self.rank == 0:
+            self.directory.export(save)
+
+
+def run_training(config: Config, task: Task, directory: StageDirectory, watch: Callable[[], None]) -> dict[str, float]:
+    """Train to the end and return the result's figures; the best weights are then in the stage's checkpoint.
+
+    Args:
+        watch: called now and then while training runs.
+
+    Raises:
+        RunError: a rank failed, or nothing was reported for `deadlines.step` seconds.
+    """
+    if config.runtime == "local":
+        process_group_of_one()
+        return train(config, task, DirectorySession(0, 1, directory))
+    outcome: dict[str, Any] = {}
+    thread = threading.Thread(target=_fit, args=(config, task, directory, outcome), daemon=True)
+    thread.start()
+    _watch(thread, directory, config, watch)
+    if "error" in outcome:
+        raise RunError(f"training failed: {_cause(outcome['error'])}") from outcome["error"]
+    return outcome["result"]
+
+
+def _watch(thread: threading.Thread, directory: StageDirectory, config: Config, watch: Callable[[], None]) -> None:
+    """Wait for the end of training; its figures arriving are the sign of life."""
+    seen, since, limit = -1, time.monotonic(), config.deadlines.start
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        watch()
+        size = directory.metrics.stat().st_size if directory.metrics.exists() else 0
+        if size != seen:
+            limit = config.deadlines.step if seen >= 0 else limit
+            seen, since = size, time.monotonic()
+        if time.monotonic() - since > limit:
+            name = "deadlines.step" if limit == config.deadlines.step else "deadlines.start"
+            raise RunError(
+                f"waited {limit:g} s ({name}) for a training step of {directory.path.name}; its {config.placement.train.ranks} rank(s) "
+                f"reported last {'nothing' if seen <= 0 else f'in {directory.metrics}'}"
+            )
+
+
+def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[str, Any]) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from orchestration.runtime.cluster import rank_environment
+
+    place, scratch = config.placement.train, directory.path / "ray_train"
+    resources = {"CPU": place.cpus} | ({"GPU": place.gpus} if place.gpus else {})
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={"config": config, "task": task, "directory": directory},
+        scaling_config=ScalingConfig(num_workers=place.ranks, use_gpu=place.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": rank_environment(place.threads, config.ray.address is None)},
+        ),
+        torch_config=TorchConfig(backend="nccl" if place.gpus else "gloo"),
+    )  # fmt: skip
+    try:
+        trainer.fit()
+        manifest = sealed(directory.path / "result")
+        outcome["result"] = manifest["result"] if manifest else None
+    except Exception as error:  # whatever Ray Train raises is the run's failure; the main thread reports it
+        outcome["error"] = error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _rank(job: dict[str, Any]) -> None:
+    """What Ray Train runs on each rank."""
+    import ray.train
+    import torch
+
+    from orchestration.run_directory import seal
+
+    config, directory = job["config"], job["directory"]
+    torch.set_num_threads(config.placement.train.threads)
+    context = ray.train.get_context()
+    result = train(config, job["task"], DirectorySession(context.get_world_rank(), context.get_world_size(), directory))
+    if context.get_world_rank() == 0:
+        folder = directory.path / "result"
+        folder.mkdir(exist_ok=True)
+        seal(folder, {"result": result})
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason that Ray Train wraps."""
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

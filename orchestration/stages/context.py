@@ -1,0 +1,95 @@
+"""What a stage is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from conf.schema import Config
+from orchestration.data.chat import Chat, load_tokenizer
+from orchestration.data.source import Corpus, Source
+from orchestration.errors import RequestError
+from orchestration.metrics import Metrics
+from orchestration.run_directory import RunDirectory, StageDirectory, sealed
+from orchestration.runtime.group import Runtime
+
+
+class Shared:
+    """What the stages of one run share: the data, loaded once, and the runtime, started when first needed."""
+
+    def __init__(self, config: Config, source: Source, connect: Callable[[Config], Runtime]) -> None:
+        self.config, self.source, self.connect = config, source, connect
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        return self.source.load()
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return self.connect(self.config)
+
+    def close(self) -> None:
+        if "runtime" in self.__dict__:
+            self.runtime.close()
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One stage's surroundings."""
+
+    name: str
+    config: Config
+    run: RunDirectory
+    metrics: Metrics
+    shared: Shared
+
+    @property
+    def directory(self) -> StageDirectory:
+        return self.run.stage(self.name)
+
+    @property
+    def corpus(self) -> Corpus:
+        return self.shared.corpus
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.shared.runtime
+
+    def start_runtime(self) -> None:
+        """Connect, where training starts its ranks by itself."""
+        _ = self.shared.runtime
+
+    def input(self, stage: str) -> Path:
+        """Folder of an earlier stage's result, or of the weights the configuration names in its place.
+
+        Raises:
+            RequestError: there is neither; says how to get it.
+        """
+        return input_of(self.config, self.run, self.name, stage)
+
+    @cached_property
+    def longest(self) -> int:
+        """Longest sequence that the SFT model takes."""
+        return int(AutoConfig.from_pretrained(self.input("sft")).max_position_embeddings)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The chat format that the SFT stage saved with its model."""
+        return Chat(load_tokenizer(str(self.input("sft")), "policy_checkpoint"))
+
+
+def input_of(config: Config, run: RunDirectory, name: str, stage: str) -> Path:
+    """See `StageContext.input`."""
+    setting = {"sft": "policy_checkpoint", "reward_model": "reward_checkpoint"}.get(stage)
+    named = getattr(config, setting) if setting else None
+    if named:
+        return Path(named)
+    folder = run.stage(stage).checkpoint
+    if sealed(folder) is None:
+        how = f"run stage={stage} first" + (f", or name its weights with {setting}=<folder>" if setting else "")
+        raise RequestError(f"stage={name}: it starts from the result of stage {stage!r}, which is not in {run.path}; {how}")
+    return folder
