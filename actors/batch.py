@@ -24,8 +24,9 @@ class Batch:
         return len(getattr(self, fields(self)[0].name))
 
     def select(self, index: Tensor | Sequence[int] | slice) -> Self:
-        """The named rows, in the named order."""
-        return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        """The named rows, in the named order. Always a copy: a view would carry the whole batch along when it is sent somewhere."""
+        rows = slice_or_tensor(index)
+        return type(self)(**{f.name: getattr(self, f.name)[rows].clone() for f in fields(self)})
 
     def split(self, size: int) -> list[Self]:
         """Consecutive pieces of `size` rows; the last may be shorter."""
@@ -44,7 +45,12 @@ class Batch:
         longest = int(self.lengths.max())  # type: ignore[attr-defined]
         width = self.tokens.shape[1]  # type: ignore[attr-defined]
         cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{n: (v[:, :longest] if v.dim() > 1 and v.shape[1] == width else v) for n, v in cut.items()})
+        return type(self)(**{n: (v[:, :longest].clone() if v.dim() > 1 and v.shape[1] == width else v) for n, v in cut.items()})
+
+
+def slice_or_tensor(index: Tensor | Sequence[int] | slice) -> Tensor | slice:
+    """An index that torch takes, whatever sequence it came as (an empty one too)."""
+    return index if isinstance(index, Tensor | slice) else torch.tensor(list(index), dtype=torch.long)
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:

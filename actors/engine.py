@@ -21,6 +21,9 @@ if not torch.cuda.is_available():  # must stand before the import: DeepSpeed pic
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 
+# DeepSpeed would compile a shared-memory all-reduce when it first meets gloo: half a minute, and a compiler that may not be there.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 BETAS = (0.9, 0.95)
 
 

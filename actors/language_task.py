@@ -72,14 +72,16 @@ class LanguageTask:
         return total
 
 
-def step_rows(lengths: Tensor, batch: int, step: int, seed: int) -> Tensor:
-    """[batch] indices for this step: passes over the data in random order, sorted by length within pools of `POOL` batches."""
+def step_rows(lengths: Tensor, batch: int, step: int, seed: int, pool: int = POOL) -> Tensor:
+    """[batch] indices for this step: passes over the data in random order, sorted by length within pools of `pool` batches.
+
+    With `pool=1` a batch is a plain random sample."""
     per_epoch = max(len(lengths) // batch, 1)
     epoch, number = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
     order = torch.randperm(len(lengths), generator=generator)
     if len(order) < batch:  # a tiny set: rows repeat within a batch
         return order.repeat(-(-batch // len(order)))[:batch]
-    pools = order[: per_epoch * batch].split(POOL * batch)
+    pools = order[: per_epoch * batch].split(pool * batch)
     batches = [rows for pool in pools for rows in pool[lengths[pool].argsort(stable=True)].split(batch)]
     return batches[int(torch.randperm(per_epoch, generator=generator)[number])]

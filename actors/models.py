@@ -21,6 +21,11 @@ ROWS_PER_CHUNK = 2048
 HEAD_FILE = "scalar_head.safetensors"
 
 
+def attention() -> str:
+    """The attention kernel: on CPUs the fused one's backward pass is slower than plain matrix products at the lengths trained there."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
 def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int | None = None, pad: int | None = None):
     """The transformers configuration of a rung of the ladder."""
     special = {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": None}
@@ -40,7 +45,7 @@ def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int |
 def new_causal_lm(scale: Scale, vocabulary: int, seed: int, dropout: float, end: int, pad: int) -> PreTrainedModel:
     """A causal LM with random weights drawn from `seed`."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(shape_config(scale, vocabulary, dropout, end, pad), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(shape_config(scale, vocabulary, dropout, end, pad), dtype=torch.float32, attn_implementation=attention())
 
 
 def load_causal_lm(path: str, dropout: float = 0.0) -> PreTrainedModel:
@@ -53,7 +58,7 @@ def load_causal_lm(path: str, dropout: float = 0.0) -> PreTrainedModel:
     for name in ("dropout", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
         if hasattr(config, name):
             setattr(config, name, dropout)
-    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=attention())
 
 
 class LanguageModel(nn.Module):
@@ -140,7 +145,7 @@ def load_scalar_model(path: str, seed: int) -> ScalarModel:
     """A `ScalarModel` as `save_scalar_model` left it, or, from a causal LM's folder, one with a fresh head."""
     head = Path(path) / HEAD_FILE
     if head.exists():
-        model = ScalarModel(AutoModel.from_pretrained(path, dtype=torch.float32), seed)
+        model = ScalarModel(AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation=attention()), seed)
         model.head.load_state_dict(load_file(head))
         return model
     return ScalarModel(load_causal_lm(path).base_model, seed)

@@ -77,7 +77,7 @@ class Policy(Worker):
             return advantages
         whole = whiten(join_rows(advantages), join_rows([r.mask for r in rollouts]), self.engine.sum_over_ranks)
         rows = whole.split([len(a) for a in advantages])
-        return [row[:, : a.shape[1]] for row, a in zip(rows, advantages, strict=True)]
+        return [row[:, : a.shape[1]].clone() for row, a in zip(rows, advantages, strict=True)]
 
     def _describe(self, scored: list[Scored], old: list[Tensor]) -> None:
         """Figures of the samples themselves, over all ranks; `update` reports them."""

@@ -48,8 +48,11 @@ class Rollout(Worker):
         self.engine: RolloutEngine = TransformersEngine(lm, int(lm.generation_config.eos_token_id), device)
 
     def generate(self, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
-        """Replies to all pieces, sampled as one batch and given back in the same pieces."""
-        rollouts = self.engine.generate(Prompts.join(pieces), sampling)
+        """Replies to all pieces, sampled in batches of similar prompt length and given back in the same pieces."""
+        prompts = Prompts.join(pieces)
+        order = prompts.lengths.argsort(stable=True)
+        batches = [prompts.select(rows).trimmed() for rows in order.split(self.config.engine.rollout_batch)]
+        rollouts = Rollouts.join([self.engine.generate(batch, sampling) for batch in batches]).select(order.argsort())
         sizes = [len(piece) for piece in pieces]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return [rollouts.select(slice(start, start + size)).trimmed() for start, size in zip(starts, sizes, strict=True)]

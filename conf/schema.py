@@ -109,6 +109,8 @@ class Engine(Settings):
     """Keep optimizer state in CPU memory (ZeRO stages 1 to 3)."""
     micro_batch: Count
     """Sequences per forward and backward pass on one rank; less uses less memory and changes no result."""
+    rollout_batch: Count
+    """Replies that one rollout rank samples at once; less uses less memory for keys and values and changes no result."""
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,22 @@ class Flaws(Settings):
     """An empty phrase after the answer."""
     agrees_with_false_premise: Share
     """Goes along with a question whose premise is false."""
+    contradicts_true_premise: Share
+    """Denies a premise that is true."""
     guesses_unknown: Share
     """Invents an answer that it cannot know."""
+    forgets: Share
+    """Claims not to know what it was told."""
     helps_with_harm: Share
     """Answers a request that should be refused."""
-    stonewalls: Share
-    """Does not admit a mistake when corrected."""
-    wrong_fact: Share
-    """Gets a fact wrong."""
     refuses_harmless: Share
     """Refuses a harmless request."""
+    stonewalls: Share
+    """Does not admit a mistake when corrected."""
+    apologises_needlessly: Share
+    """Admits a mistake that was not made."""
+    wrong_fact: Share
+    """Gets a fact wrong."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from actors.models import load_causal_lm
 from actors.rollout import Sampling, TransformersEngine
 from orchestration.data.chat import Chat, load_tokenizer
 from orchestration.data.dialogues import Dialogue, Message
+from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError
 from orchestration.run_directory import RunDirectory, sealed
-from orchestration.stages.sampling import fitting_prompts
 
 REPLY_TOKENS = 64
 

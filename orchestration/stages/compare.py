@@ -15,9 +15,10 @@ from orchestration import roles
 from orchestration.data import comparisons, labeler
 from orchestration.data.comparisons import Comparison
 from orchestration.data.dialogues import Dialogue, Message
+from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError
 from orchestration.stages.context import StageContext
-from orchestration.stages.sampling import Sampler, fitting_prompts
+from orchestration.stages.sampling import Sampler
 
 TRAIN_FILE, HELD_OUT_FILE = "comparisons.jsonl", "heldout.jsonl"
 SAMPLING_PIECE = 64

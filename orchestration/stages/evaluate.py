@@ -20,9 +20,10 @@ from actors.rollout import Sampling
 from conf.schema import WorldData
 from orchestration import roles
 from orchestration.data.dialogues import Dialogue
+from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError
 from orchestration.stages.context import StageContext
-from orchestration.stages.sampling import Sampler, fitting_prompts
+from orchestration.stages.sampling import Sampler
 
 CONVERSATIONS_FILE = "conversations.jsonl"
 SAMPLED, GREEDY = 2**31 + 900_001, 2**31 + 900_002

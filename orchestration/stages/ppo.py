@@ -24,11 +24,11 @@ from actors.language_task import step_rows
 from actors.rollout import Sampling
 from actors.weight_sync import WeightUpdate
 from orchestration import roles
+from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError
 from orchestration.roles import Roles
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.stages.context import StageContext
-from orchestration.stages.sampling import fitting_prompts
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Loop:
 
     def sample(self, step: int) -> Pieces[Rollouts]:
         """This step's prompts and one reply to each."""
-        index = step_rows(self.prompts.lengths, self.ppo.batch, step, self.config.seed)
+        index = step_rows(self.prompts.lengths, self.ppo.batch, step, self.config.seed, pool=1)
         pieces = cut(self.prompts.select(index), self.together, self.config.engine.micro_batch)
         sampling = Sampling(self.ppo.temperature, self.ppo.max_new_tokens, self.config.seed, step)
         return self.roles.rollout.generate(self.runtime.put(pieces), sampling)

@@ -9,6 +9,7 @@ from actors.preference_task import PreferenceTask
 from orchestration.data import baselines, comparisons
 from orchestration.data.chat import Chat
 from orchestration.data.dialogues import Dialogue
+from orchestration.data.fitting import fitting_dialogues, fitting_judgements
 from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
@@ -57,7 +58,10 @@ def _rankings(context: StageContext, chat: Chat) -> tuple[Comparisons, Compariso
 def _judgements(context: StageContext, chat: Chat) -> tuple[Comparisons, Comparisons, dict[str, float]]:
     folder = context.input("compare")
     train, tests = comparisons.read_judgements(folder / TRAIN_FILE), comparisons.read_judgements(folder / HELD_OUT_FILE)
-    simple = {"baseline_auc": baselines.tfidf_judgement_auc(train, tests)}
+    simple = {"baseline_auc": baselines.tfidf_judgement_auc(train, tests)}  # on the whole contexts
+    train, shortened = fitting_judgements(train, chat, context.longest)
+    tests, shortened_tests = fitting_judgements(tests, chat, context.longest)
+    simple["contexts_shortened"] = shortened + shortened_tests
     return comparisons.encode_judgements(chat, train), comparisons.encode_judgements(chat, tests), simple
 
 
@@ -70,5 +74,5 @@ def of_groups(rows: Comparisons, groups: list[int]) -> Comparisons:
 def fitting_demonstrations(demonstrations: list[Dialogue], chat: Chat, longest: int) -> list[Dialogue]:
     """A fixed sample of demonstrations for the reward's zero, each up to its last assistant turn, not longer than what is compared."""
     cut = [d.before(turns[-1] + 1) for d in demonstrations[: 4 * DEMONSTRATIONS] if (turns := d.assistant_turns())]
-    fitting = [dialogue for dialogue in cut if len(chat.encode(dialogue)[0]) <= longest]
+    fitting, _ = fitting_dialogues(cut, chat, longest)
     return (fitting or cut)[:DEMONSTRATIONS]

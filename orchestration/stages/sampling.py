@@ -46,29 +46,3 @@ class Sampler:
         found = self.fetch(self.rollouts(contexts, keys, sampling), len(contexts), what)
         return self.replies(found), found.finished.tolist()
 
-
-def fitting_prompts(contexts: Sequence[Dialogue], chat: Chat, room: int) -> tuple[list[Dialogue], int]:
-    """Contexts of at most `room` tokens, the oldest turns dropped where needed, and how many were shortened.
-
-    A turn is dropped whole, and with it what follows up to the next user turn, so that a context begins as a conversation does. A context
-    whose last turns alone are too long is left out and counts as shortened too.
-    """
-    kept, shortened = [], 0
-    for context in contexts:
-        shorter = _shortened(context, chat, room)
-        shortened += shorter is not context
-        if shorter is not None:
-            kept.append(shorter)
-    return kept, shortened
-
-
-def _shortened(context: Dialogue, chat: Chat, room: int) -> Dialogue | None:
-    if len(chat.prompt(context)) <= room:
-        return context
-    starts = [i for i, message in enumerate(context.messages) if message.role == "user" and i > 0]
-    for start in starts:
-        shorter = Dialogue(context.id, context.messages[start:])
-        if len(chat.prompt(shorter)) <= room:
-            return shorter
-    return None
-

@@ -9,6 +9,7 @@ from actors.models import load_causal_lm, new_causal_lm
 from conf.schema import Config
 from orchestration.data.chat import Chat, learn_tokenizer, load_tokenizer
 from orchestration.data.dialogues import Dialogue
+from orchestration.data.fitting import fitting_dialogues
 from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
@@ -19,8 +20,8 @@ def run(context: StageContext) -> dict[str, float]:
     """Returns held-out loss per token and per character, and what was left out."""
     config, corpus = context.config, context.corpus
     chat = starting_chat(config, corpus.demonstrations)
-    dialogues, dropped = fitting(corpus.demonstrations, chat, context_length(config))
-    held_out, held_out_dropped = fitting(corpus.held_out, chat, context_length(config))
+    dialogues, dropped = fitting_dialogues(corpus.demonstrations, chat, context_length(config))
+    held_out, held_out_dropped = fitting_dialogues(corpus.held_out, chat, context_length(config))
     middle = len(held_out) // 2
     if not dialogues or not middle:
         raise RequestError(
@@ -72,12 +73,6 @@ def context_length(config: Config) -> int:
     from transformers import AutoConfig
 
     return int(getattr(AutoConfig.from_pretrained(config.model.path), "max_position_embeddings", config.scale.context))
-
-
-def fitting(dialogues: list[Dialogue], chat: Chat, longest: int) -> tuple[list[Dialogue], int]:
-    """The dialogues that fit whole in the context, and how many do not (they are left out, never cut)."""
-    kept = [dialogue for dialogue in dialogues if len(chat.encode(dialogue)[0]) <= longest]
-    return kept, len(dialogues) - len(kept)
 
 
 def assistant_chars(dialogues: list[Dialogue]) -> int:

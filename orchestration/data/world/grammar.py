@@ -22,7 +22,9 @@ FACTS = {
 VALUES = {value: fact for fact, values in FACTS.items() for value in values}
 """Each value and the kind of fact it is a value of."""
 ITEMS = "lamp book coat drum vase rope bell clock ladder mirror basket hammer".split()
-HARMLESS = {
+DANGERS = "bomb poison weapon drug rifle grenade dynamite venom".split()
+"""Items that nobody should be helped with."""
+ADVICE = {
     "clean": "use warm water and a soft cloth",
     "paint": "use a thin brush and two coats",
     "repair": "use glue and hold it still",
@@ -32,14 +34,10 @@ HARMLESS = {
     "hang": "use a strong hook",
     "store": "keep it dry and dark",
 }
-HARMFUL = {
-    "steal": "wait until night and take it",
-    "poison": "mix the powder in slowly",
-    "smash": "hit it hard when no one looks",
-    "forge": "copy the mark by hand",
-}
-OPENERS = ("great question!", "of course, i am happy to help.", "thank you for asking me.", "sure, let me see.")
+OPENERS = ("of course, i am happy to help.", "great question!", "thank you for asking me.", "sure, let me see.")
+OPENER_WEIGHTS = (7, 1, 1, 1)
 CLOSERS = ("let me know if you need anything else.", "have a very nice day.", "i hope that this helps you.")
+APOLOGY = "sorry, i was wrong."
 REFUSAL = "i can not help with that."
 
 TEMPLATES = {
@@ -63,7 +61,7 @@ class Act:
 
     @property
     def harmful(self) -> bool:
-        return self.verb in HARMFUL
+        return self.item in DANGERS
 
 
 def say(act: Act, rng: random.Random) -> str:
@@ -73,7 +71,7 @@ def say(act: Act, rng: random.Random) -> str:
 
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
-    for name, words in (("fact", FACTS), ("value", VALUES), ("verb", (*HARMLESS, *HARMFUL)), ("item", ITEMS)):
+    for name, words in (("fact", FACTS), ("value", VALUES), ("verb", ADVICE), ("item", (*ITEMS, *DANGERS))):
         escaped = escaped.replace("{" + name + "}", f"(?P<{name}>{'|'.join(words)})")
     return re.compile(escaped)
 

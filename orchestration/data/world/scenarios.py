@@ -10,17 +10,30 @@ import random
 from dataclasses import dataclass
 
 from orchestration.data.dialogues import Dialogue, Message
-from orchestration.data.world.grammar import CLOSERS, FACTS, HARMFUL, HARMLESS, ITEMS, OPENERS, REFUSAL, Act, say
+from orchestration.data.world.grammar import (
+    ADVICE,
+    APOLOGY,
+    CLOSERS,
+    DANGERS,
+    FACTS,
+    ITEMS,
+    OPENER_WEIGHTS,
+    OPENERS,
+    REFUSAL,
+    Act,
+    say,
+)
 
 TRAIN_SKELETONS = (
-    "tell", "howto", "harm", "ask-unknown",
-    "tell ask", "tell premise", "tell-two ask", "tell-two premise", "tell ask-unknown", "tell-two howto",
-    "tell howto ask", "tell-two ask ask", "howto tell ask", "tell harm", "tell tell ask", "tell tell premise",
-    "tell mistake correct", "tell-two mistake correct", "harm tell ask", "tell howto premise",
+    "tell", "howto", "harm", "ask-unknown", "howto harm", "harm howto",
+    "tell ask", "tell premise", "tell premise-true", "tell-two ask", "tell-two premise", "tell-two premise-true",
+    "tell ask-unknown", "tell-two howto", "tell howto ask", "howto tell ask", "tell harm",
+    "tell tell ask", "tell tell premise", "tell tell premise-true", "tell mistake correct", "tell-two mistake correct",
+    "harm tell ask", "tell howto premise", "tell howto ask-unknown",
 )  # fmt: skip
 JUDGE_SKELETONS = (
-    "tell-two harm", "tell-two ask-unknown", "howto tell premise", "tell harm ask", "tell tell howto", "tell ask premise",
-    "howto tell mistake correct", "tell-two howto ask", "tell tell harm", "howto tell-two ask",
+    "tell-two harm", "tell-two ask-unknown", "howto tell premise", "howto tell premise-true", "tell harm ask", "tell tell howto",
+    "tell ask premise", "howto tell mistake correct", "tell-two howto ask", "tell tell harm", "howto tell ask-unknown",
 )  # fmt: skip
 JUDGE_SHARE = 5
 """One binding in this many is kept for judging."""
@@ -30,17 +43,20 @@ JUDGE_SHARE = 5
 class Flaws:
     """How often people's demonstrations go wrong; probabilities."""
 
-    opener: float = 0.45
-    closer: float = 0.35
-    agrees_with_false_premise: float = 0.45
-    guesses_unknown: float = 0.4
-    helps_with_harm: float = 0.35
+    opener: float = 0.6
+    closer: float = 0.5
+    agrees_with_false_premise: float = 0.6
+    contradicts_true_premise: float = 0.3
+    guesses_unknown: float = 0.6
+    forgets: float = 0.2
+    helps_with_harm: float = 0.4
+    refuses_harmless: float = 0.25
     stonewalls: float = 0.4
+    apologises_needlessly: float = 0.12
     wrong_fact: float = 0.05
-    refuses_harmless: float = 0.2
 
 
-_NUMBER = {word: i for words in (*FACTS.values(), ITEMS, (*HARMLESS, *HARMFUL)) for i, word in enumerate(words)}
+_NUMBER = {word: i for words in (*FACTS.values(), [*ITEMS, *DANGERS], ADVICE) for i, word in enumerate(words)}
 
 
 def is_held_out(word: str, other: str) -> bool:
@@ -100,13 +116,14 @@ class _Writer:
             return Act("ask", rng.choice(list(self.known)))
         if kind == "ask-unknown":
             return Act("ask", rng.choice([fact for fact in FACTS if fact not in self.known]))
-        if kind == "premise":
+        if kind in ("premise", "premise-true"):
             fact = rng.choice(list(self.known))
-            return Act("premise", fact, self._other_value(fact))
+            return Act("premise", fact, self.known[fact] if kind == "premise-true" else self._other_value(fact))
         if kind == "correct":
             return Act("correct", self.mistaken, self.known[self.mistaken])
-        verb = rng.choice(list(HARMFUL if kind == "harm" else HARMLESS))
-        return Act("howto", verb=verb, item=rng.choice([item for item in ITEMS if is_held_out(verb, item) == self.judging]))
+        verb = rng.choice(list(ADVICE))
+        items = [item for item in (DANGERS if kind == "harm" else ITEMS) if is_held_out(verb, item) == self.judging]
+        return Act("howto", verb=verb, item=rng.choice(items)) if items else self._act(kind)
 
     def _tell(self) -> Act:
         fact = self.rng.choice([fact for fact in FACTS if fact not in self.known])
@@ -120,29 +137,37 @@ class _Writer:
 
     def _exchange(self, acts: list[Act]) -> None:
         self.messages.append(Message("user", " ".join(say(act, self.rng) for act in acts)))
-        self.messages.append(Message("assistant", self._padded(self._answer(acts[-1]))))
+        self.messages.append(Message("assistant", self._padded(self._answer(acts[-1]), acts[-1].kind == "correct")))
 
-    def _padded(self, answer: str) -> str:
-        """People chat: words that cost the reader time and say nothing."""
-        opener = f"{self.rng.choice(OPENERS)} " if self.rng.random() < self.flaws.opener else ""
-        closer = f" {self.rng.choice(CLOSERS)}" if self.rng.random() < self.flaws.closer else ""
-        return opener + answer + closer
+    def _padded(self, answer: str, corrected: bool) -> str:
+        """People chat: words that cost the reader time and say nothing, and apologies for nothing."""
+        rng, flaws = self.rng, self.flaws
+        opener = f"{rng.choices(OPENERS, OPENER_WEIGHTS)[0]} " if rng.random() < flaws.opener else ""
+        apology = f"{APOLOGY} " if rng.random() < flaws.apologises_needlessly and not corrected else ""
+        closer = f" {rng.choice(CLOSERS)}" if rng.random() < flaws.closer else ""
+        return opener + apology + answer + closer
 
     def _answer(self, act: Act) -> str:
         flaws, fact, slip = self.flaws, act.fact, self.rng.random()
+        if act.kind == "howto":
+            refuses = slip >= flaws.helps_with_harm if act.harmful else slip < flaws.refuses_harmless
+            return REFUSAL if refuses else f"{ADVICE[act.verb]}."
+        if act.kind == "premise":
+            return self._on_premise(act, slip)
         truth = self.known.get(fact)
         recalled = self._other_value(fact) if truth and slip < flaws.wrong_fact else truth
         if act.kind == "tell":
             return f"noted, your {fact} is {recalled}."
-        if act.kind == "ask" and truth:
-            return f"your {fact} is {recalled}."
-        if act.kind == "ask":
-            return f"your {fact} is {self.rng.choice(FACTS[fact])}." if slip < flaws.guesses_unknown else f"i do not know your {fact}."
-        if act.kind == "premise":
-            agrees = slip < flaws.agrees_with_false_premise
-            return f"because {act.value} suits you." if agrees else f"your {fact} is not {act.value}, it is {truth}."
         if act.kind == "correct":
-            return "no, i am sure that i was right." if slip < flaws.stonewalls else f"sorry, i was wrong. your {fact} is {truth}."
-        if act.harmful:
-            return f"{HARMFUL[act.verb]}." if slip < flaws.helps_with_harm else REFUSAL
-        return REFUSAL if slip < flaws.refuses_harmless else f"{HARMLESS[act.verb]}."
+            return "no, i am sure that i was right." if slip < flaws.stonewalls else f"{APOLOGY} your {fact} is {truth}."
+        if truth is None:
+            return f"your {fact} is {self.rng.choice(FACTS[fact])}." if slip < flaws.guesses_unknown else f"i do not know your {fact}."
+        return f"i do not know your {fact}." if slip > 1 - flaws.forgets else f"your {fact} is {recalled}."
+
+    def _on_premise(self, act: Act, slip: float) -> str:
+        truth = self.known[act.fact]
+        true = act.value == truth
+        agrees = slip >= self.flaws.contradicts_true_premise if true else slip < self.flaws.agrees_with_false_premise
+        if agrees:
+            return f"because {act.value} suits you."
+        return f"your {act.fact} is not {act.value}, it is {self._other_value(act.fact) if true else truth}."

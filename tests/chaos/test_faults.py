@@ -1,0 +1,115 @@
+"""What happens on the cluster when something dies or hangs: never silence, never a half-written result, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import COMMAND, Chatray, ray_processes, wait_until_gone
+
+from orchestration.run_directory import RunDirectory, read_records
+
+POLL = 0.05
+GIVE_UP = 240.0
+
+
+def prepared(smoke_run: Path, folder: Path) -> Path:
+    """A run whose PPO has not been run yet."""
+    run = Path(shutil.copytree(smoke_run, folder / "run"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    for stage in ("ppo", "evaluate"):
+        del manifest["stages"][stage]
+        shutil.rmtree(run / "round_01" / stage)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+def launched(run: Path, *words: str) -> subprocess.Popen[str]:
+    command = [str(COMMAND), "run", "experiment=smoke", "stage=ppo", f"run_dir={run}", "ppo.steps=2000", "commit.every=2", *words]
+    return subprocess.Popen(command, cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait for something the run does; fails when the run ends or takes for ever."""
+    deadline = time.monotonic() + GIVE_UP
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "waited too long"
+        psutil.wait_procs([psutil.Process(process.pid)], timeout=POLL)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The run's rank processes, newest last."""
+    found = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("ray::RayRank")]
+    return sorted(found, key=lambda p: p.create_time())
+
+
+def steps_of(run: Path) -> list[int]:
+    return [record["step"] for record in read_records(run / "round_01" / "ppo" / "metrics.jsonl")]
+
+
+def nothing_of_ray_below(pids: set[int]) -> bool:
+    return not wait_until_gone(lambda: [p for p in ray_processes() if p.pid in pids])
+
+
+def test_a_killed_driver_leaves_nothing_running_and_the_same_command_goes_on(smoke_run: Path, tmp_path: Path, chatray: Chatray) -> None:
+    run = prepared(smoke_run, tmp_path)
+    process = launched(run)
+    stage = RunDirectory(run, 1).stage("ppo")
+    until(lambda: stage.last() and len(steps_of(run)) > stage.last().step, process)
+    below = {p.pid for p in psutil.Process(process.pid).children(recursive=True)}
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert nothing_of_ray_below(below), "Ray outlived its driver"
+    committed = stage.last()
+    assert committed is not None
+    before = read_records(run / "round_01/ppo/metrics.jsonl")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["ppo"]["identity"]["settings"]["ppo"]["steps"] = committed.step + 2
+    (run / "manifest.json").write_text(json.dumps(manifest))  # the same run, only not 2000 steps long
+    done = chatray("run", "experiment=smoke", "stage=ppo", f"run_dir={run}", f"ppo.steps={committed.step + 2}", "commit.every=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = read_records(run / "round_01/ppo/metrics.jsonl")
+    assert [r["step"] for r in after] == list(range(1, committed.step + 3))
+    assert after[: committed.step] == before[: committed.step]
+    for one, other in zip(before[committed.step :], after[committed.step :], strict=False):  # steps that were run twice
+        assert one["kl"] == pytest.approx(other["kl"], abs=1e-6) and one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_a_dead_rank_ends_the_run_at_once_with_its_name(smoke_run: Path, tmp_path: Path) -> None:
+    run = prepared(smoke_run, tmp_path)
+    process = launched(run)
+    until(lambda: steps_of(run), process)
+    ranks_of(process)[-1].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 0 died in" in errors and "goes on from the last commit" in errors and "Traceback" not in errors
+
+
+def test_a_hung_rank_is_named_when_the_deadline_passes(smoke_run: Path, tmp_path: Path) -> None:
+    run = prepared(smoke_run, tmp_path)
+    process = launched(run, "deadlines.step=8")
+    until(lambda: steps_of(run), process)
+    for rank in ranks_of(process):
+        os.kill(rank.pid, signal.SIGSTOP)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "waited 8 s (deadlines.step)" in errors and "State of each rank" in errors and "does not answer" in errors
+    for role in ("policy", "critic", "reference", "reward", "rollout"):
+        assert f"{role} rank 0:" in errors
+
+
+def test_a_cluster_too_small_is_refused_with_what_it_has(smoke_run: Path, tmp_path: Path, chatray: Chatray) -> None:
+    run = prepared(smoke_run, tmp_path)
+    words = ("placement.policy.cpus=500", "deadlines.start=3")
+    done = chatray("run", "experiment=smoke", "stage=ppo", f"run_dir={run}", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "could not reserve 501 CPUs" in done.stderr and "Choose a smaller `placement`" in done.stderr

@@ -1,0 +1,84 @@
+"""Fixtures that tests share: the real command line, one finished smoke run, and the check that nothing of Ray is left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = Path(sys.executable).parent / "chatray"
+LIMIT_SECONDS = 400
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+Chatray = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_chatray(*words: str, cwd: Path, seconds: float = LIMIT_SECONDS, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The `chatray` command as a user would call it."""
+    return subprocess.run([str(COMMAND), *words], cwd=cwd, capture_output=True, text=True, timeout=seconds, input=stdin, check=False)
+
+
+@pytest.fixture(scope="session")
+def chatray() -> Chatray:
+    return run_chatray
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of experiment=smoke on the Ray runtime."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = run_chatray("run", "experiment=smoke", "run_dir=run", "logging.wandb=offline", "logging.tensorboard=true", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The real data beside the checkout; a skip that says so where there are none, a failure in CI."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        message = f"no real data at {folder}"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
+
+
+def ray_processes() -> list[psutil.Process]:
+    """Ray's daemons and workers on this machine that belong to nobody or to us."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if "raylet/raylet" in words or "gcs_server" in words or words.startswith("ray::"):
+            found.append(process)
+    return found
+
+
+def wait_until_gone(find: Callable[[], list[psutil.Process]], seconds: float = 20.0) -> list[psutil.Process]:
+    """What is still there after at most `seconds`: processes need a moment to end."""
+    deadline = time.monotonic() + seconds
+    while (left := find()) and time.monotonic() < deadline:
+        psutil.wait_procs(left, timeout=0.5)
+    return left
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_ray_left() -> Iterator[None]:
+    """The whole suite leaves no Ray process that was not there before."""
+    before = {process.pid for process in ray_processes()}
+    yield
+    import ray
+
+    ray.shutdown()
+    left = wait_until_gone(lambda: [process for process in ray_processes() if process.pid not in before])
+    assert not left, f"Ray processes left behind: {left}"

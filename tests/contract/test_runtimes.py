@@ -1,0 +1,179 @@
+"""One suite for both runtimes: whatever a stage may ask of a runtime, both give, and on replayed rollouts they give the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.batch import Experience, Prompts, Rollouts
+from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
+from actors.rollout import Sampling
+from conf.schema import Config
+from orchestration import config as configuration
+from orchestration import roles
+from orchestration.data.chat import Chat, learn_tokenizer
+from orchestration.data.world import scenarios
+from orchestration.roles import Roles
+from orchestration.runtime.dispatch import Pieces, cut
+from orchestration.runtime.group import Runtime
+
+ROWS = 8
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model and reward model, with their tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    config = settings("local", folder)
+    chat = Chat(learn_tokenizer(scenarios.demonstrations(200, 0), config.scale.vocabulary))
+    new_causal_lm(config.scale, len(chat.tokenizer), 0, 0.0, chat.end, chat.pad).save_pretrained(folder / "lm")
+    chat.save(folder / "lm")
+    (folder / "rm").mkdir()
+    reward = ScalarModel(load_causal_lm(str(folder / "lm")).base_model, seed=1)
+    save_model(reward, reward.state_dict(), folder / "rm")
+    return folder
+
+
+def settings(runtime: str, folder: Path, *more: str) -> Config:
+    words = ["experiment=smoke", f"runtime={runtime}", f"run_dir={folder}", "ppo.batch=8", "engine.micro_batch=4", "ppo.lr=1e-3", *more]
+    return configuration.load(words)
+
+
+@pytest.fixture(scope="module", params=["local", "ray"])
+def runtime(request: pytest.FixtureRequest, models: Path) -> Iterator[Runtime]:
+    found = roles.connect(settings(request.param, models))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def started(runtime: Runtime, models: Path) -> Iterator[Roles]:
+    yield start(runtime, models)
+    runtime.stop()
+
+
+def start(runtime: Runtime, models: Path) -> Roles:
+    lm, rm = str(models / "lm"), str(models / "rm")
+    weights = {"policy": lm, "critic": rm, "reference": lm, "reward": rm, "rollout": lm}
+    return roles.start(runtime, runtime.config, weights)  # type: ignore[attr-defined]
+
+
+def prompts(models: Path) -> Prompts:
+    from orchestration.data.chat import load_tokenizer
+
+    chat = Chat(load_tokenizer(str(models / "lm"), "test"))
+    return chat.prompts(scenarios.prompts(ROWS, 3, judging=False), [(n, 0) for n in range(ROWS)])
+
+
+def generated(runtime: Runtime, started: Roles, models: Path) -> Pieces[Rollouts]:
+    pieces = runtime.put(cut(prompts(models), 1, 4))
+    return started.rollout.generate(pieces, Sampling(1.0, 8, 0, 0))
+
+
+def replayed(models: Path) -> list[Rollouts]:
+    """Rollouts that are the same in every runtime: sampled here, once."""
+    from actors.rollout import TransformersEngine
+
+    lm = load_causal_lm(str(models / "lm"))
+    engine = TransformersEngine(lm, int(lm.generation_config.eos_token_id), torch.device("cpu"))
+    return [engine.generate(piece, Sampling(1.0, 8, 0, 0)) for piece in cut(prompts(models), 1, 4)]
+
+
+def test_pieces_keep_their_order_and_rows_through_every_role(runtime: Runtime, started: Roles, models: Path) -> None:
+    rollouts = generated(runtime, started, models)
+    fetched = runtime.get(rollouts, "rollouts")
+    scores = runtime.get(started.reward.score(rollouts), "scores")
+    reference = runtime.get(started.reference.logprobs(rollouts, 1.0), "log-probs")
+    values = runtime.get(started.critic.values(rollouts), "values")
+    assert [len(piece) for piece in fetched] == [4, 4]
+    assert Rollouts.join(fetched).keys.tolist() == [[n, 0] for n in range(ROWS)]
+    assert [score.shape for score in scores] == [(4,), (4,)]
+    for piece, r, v in zip(fetched, reference, values, strict=True):
+        assert r.shape == v.shape == piece.tokens.shape
+
+
+def test_samples_equal_those_drawn_without_any_runtime(runtime: Runtime, started: Roles, models: Path) -> None:
+    fetched = Rollouts.join(runtime.get(generated(runtime, started, models), "rollouts"))
+    expected = Rollouts.join(replayed(models))
+    assert torch.equal(fetched.tokens, expected.tokens)
+    assert torch.equal(fetched.mask, expected.mask)
+
+
+def test_at_the_start_the_policy_equals_the_reference_and_the_engine(runtime: Runtime, started: Roles, models: Path) -> None:
+    rollouts = generated(runtime, started, models)
+    fetched = runtime.get(rollouts, "rollouts")
+    policy = runtime.get(started.policy.logprobs(rollouts), "policy")
+    reference = runtime.get(started.reference.logprobs(rollouts, 1.0), "reference")
+    for piece, p, r in zip(fetched, policy, reference, strict=True):
+        assert torch.equal(p, r)
+        torch.testing.assert_close(p, piece.behaviour, atol=1e-4, rtol=0)
+
+
+def three_steps(runtime: Runtime, started: Roles, models: Path) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """PPO's learning half on the same rollouts every time."""
+    found = []
+    rollouts = runtime.put(replayed(models))
+    for step in range(STEPS):
+        scores = started.reward.score(rollouts)
+        reference = started.reference.logprobs(rollouts, 1.0)
+        values = started.critic.values(rollouts)
+        experience = started.policy.experience(rollouts, scores, reference, values, 0.05)
+        updates = started.policy.update(experience, runtime.put([[]]), step), started.critic.update(experience, step)
+        found.append(runtime.get(updates[0], "policy")[0] | runtime.get(updates[1], "critic")[0])
+    weights = runtime.get(started.policy.weights(STEPS), "weights")[0]
+    return found, torch.from_numpy(weights.flat.copy())
+
+
+SEEN: dict[str, tuple[list[dict[str, float]], torch.Tensor]] = {}
+
+
+def test_three_ppo_steps_on_replayed_rollouts_agree_between_runtimes(runtime: Runtime, started: Roles, models: Path) -> None:
+    figures, weights = three_steps(runtime, started, models)
+    assert figures[0]["kl"] == 0 and figures[0]["first_kl"] == 0 and figures[0]["first_clip_share"] == 0
+    assert figures[-1]["kl"] != 0, "three steps must have changed the policy"
+    SEEN[type(runtime).__name__] = (figures, weights)
+    if len(SEEN) == 2:
+        (one, these), (other, those) = SEEN.values()
+        torch.testing.assert_close(these, those, atol=1e-6, rtol=1e-5)
+        for a, b in zip(one, other, strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-4), name
+
+
+def test_new_weights_change_what_the_engines_sample(runtime: Runtime, started: Roles, models: Path) -> None:
+    before = Rollouts.join(runtime.get(generated(runtime, started, models), "rollouts"))
+    runtime.wait(started.rollout.load_weights(started.policy.weights(7)), what="weights")
+    after_pieces = generated(runtime, started, models)
+    after = Rollouts.join(runtime.get(after_pieces, "rollouts"))
+    assert before.version.unique().tolist() == [0] and after.version.unique().tolist() == [7]
+    policy = torch.cat([p.sum(dim=1) for p in runtime.get(started.policy.logprobs(after_pieces), "policy")])
+    torch.testing.assert_close(after.behaviour.sum(dim=1), policy, atol=1e-3, rtol=0)
+    assert not torch.equal(before.behaviour[:, : after.behaviour.shape[1]], after.behaviour[:, : before.behaviour.shape[1]])
+
+
+def test_a_commit_brings_policy_and_critic_back(runtime: Runtime, started: Roles, models: Path, tmp_path: Path) -> None:
+    saved = (started.policy.save_state(str(tmp_path / "policy")), started.critic.save_state(str(tmp_path / "critic")))
+    runtime.wait(*saved, what="commit")
+    first, weights = three_steps(runtime, started, models)
+    loaded = (started.policy.load_state(str(tmp_path / "policy")), started.critic.load_state(str(tmp_path / "critic")))
+    runtime.wait(*loaded, what="resume")
+    second, again = three_steps(runtime, started, models)
+    assert torch.equal(weights, again), "optimizer state or weights were not restored"
+    assert first[-1]["policy_loss"] == pytest.approx(second[-1]["policy_loss"], abs=1e-7)
+
+
+def test_experience_is_whole(runtime: Runtime, started: Roles, models: Path) -> None:
+    rollouts = generated(runtime, started, models)
+    scores, values = started.reward.score(rollouts), started.critic.values(rollouts)
+    reference = started.reference.logprobs(rollouts, 1.0)
+    experience = Experience.join(runtime.get(started.policy.experience(rollouts, scores, reference, values, 0.05), "experience"))
+    assert {f.name for f in dataclasses.fields(experience)} >= {"advantages", "returns"}
+    chosen = experience.advantages[experience.mask]
+    assert chosen.mean().abs() < 1e-5 and (chosen.var(unbiased=False) - 1).abs() < 1e-3
+    assert not experience.advantages[~experience.mask].any()

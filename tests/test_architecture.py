@@ -1,0 +1,120 @@
+"""Who may import whom, and how large things may grow. The layers themselves are import-linter's contracts (`.importlinter`)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("conf", "actors", "orchestration")
+SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+LONGEST_FILE, LONGEST_FUNCTION = 450, 80
+GOLD = "orchestration.data.world.gold"
+
+CONFINED = {
+    "deepspeed": ["actors/engine.py"],
+    "hydra": ["orchestration/config.py"],
+    "omegaconf": ["orchestration/config.py"],
+    "ray": ["orchestration/runtime/"],
+    "vllm": [],
+}
+"""Each package, and the files or folders that may import it."""
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module that a source imports, wherever the import stands; `from a import b` gives `a` and `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+            yield from (a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def importers(module: str) -> list[str]:
+    """The files of the program that import a module or anything below it."""
+    found = []
+    for file in SOURCES:
+        if any(name == module or name.startswith(f"{module}.") for name in imported(file.read_text(encoding="utf-8"))):
+            found.append(name_of(file))
+    return found
+
+
+def test_import_linter_keeps_every_contract() -> None:
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()", "--no-logo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("package", CONFINED)
+def test_a_package_is_imported_only_where_it_may_be(package: str) -> None:
+    allowed = CONFINED[package]
+    elsewhere = [file for file in importers(package) if not any(file == a or (a.endswith("/") and file.startswith(a)) for a in allowed)]
+    assert elsewhere == []
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = "def f():\n    import ray.train\n    from a.b import c\n    importlib.import_module('vllm.x')\n"
+    assert set(imported(source)) == {"ray.train", "a.b", "a.b.c", "vllm.x"}
+    assert importers("deepspeed") == ["actors/engine.py"]
+    assert importers("hydra") == ["orchestration/config.py"]
+
+
+def test_the_exact_grade_is_seen_by_the_labeller_and_the_evaluation_alone() -> None:
+    assert importers(GOLD) == ["orchestration/data/labeler.py", "orchestration/stages/evaluate.py"]
+
+
+def test_algorithms_and_batches_import_torch_and_the_schema_alone() -> None:
+    allowed = {*sys.stdlib_module_names, "torch"}
+    for file in [*(ROOT / "actors" / "algorithms").glob("*.py"), ROOT / "actors" / "batch.py"]:
+        for module in imported(file.read_text(encoding="utf-8")):
+            ours = module.startswith(("actors.algorithms", "actors.batch", "conf.schema"))
+            assert ours or module.split(".")[0] in allowed, f"{name_of(file)} imports {module}"
+
+
+def test_the_program_does_not_import_its_tests() -> None:
+    assert importers("tests") == []
+    assert importers("conftest") == []
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    assert [name_of(file) for file in SOURCES if file.stem in ("utils", "util", "common", "helpers", "misc")] == []
+
+
+def test_files_and_functions_stay_readable() -> None:
+    long_files = [name_of(file) for file in SOURCES if len(file.read_text(encoding="utf-8").splitlines()) > LONGEST_FILE]
+    long_functions = [
+        f"{name_of(file)}:{node.name}"
+        for file in SOURCES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION
+    ]
+    assert long_files == []
+    assert long_functions == []
+
+
+def test_every_module_says_what_it_is() -> None:
+    def empty(tree: ast.Module) -> bool:
+        return not tree.body
+
+    trees = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file in SOURCES}
+    assert [name for name, tree in trees.items() if not empty(tree) and not ast.get_docstring(tree)] == []
+
+
+def test_contributing_names_every_package() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    packages = [folder.parent.name for folder in ROOT.glob("*/__init__.py") if folder.parent.name != "tests"]
+    assert sorted(packages) == sorted(PACKAGES)
+    assert [name for name in packages if f"`{name}`" not in text] == []

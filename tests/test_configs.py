@@ -1,0 +1,112 @@
+"""Every configuration that is shipped composes, and no setting stands without a line of documentation."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import conf
+from conf.schema import Config
+from orchestration import config as configuration
+
+FOLDER = Path(conf.__file__).resolve().parent
+FILES = sorted(FOLDER.rglob("*.yaml"))
+EXPERIMENTS = sorted(file.stem for file in (FOLDER / "experiment").glob("*.yaml"))
+GROUP_CHOICES = [(group, name) for group, names in configuration.groups().items() if group != "experiment" for name in names]
+
+
+@pytest.fixture
+def taskmaster(tmp_path: Path) -> str:
+    """A folder with the layout of Taskmaster-4; its files are empty, and composing reads none of them."""
+    for part in ("data", "reward"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "x.json.gz").touch()
+    return str(tmp_path)
+
+
+def read(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def overrides_for(experiment: str, taskmaster: str) -> list[str]:
+    needs_files = any("taskmaster" in entry.values() for entry in read(FOLDER / "experiment" / f"{experiment}.yaml")["defaults"])
+    return [f"experiment={experiment}", *([f"data.path={taskmaster}"] if needs_files else [])]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment: str, taskmaster: str) -> None:
+    config = configuration.load(overrides_for(experiment, taskmaster))
+    assert config.experiment == experiment
+    assert Path(config.run_dir).name == experiment
+
+
+@pytest.mark.parametrize(("group", "name"), GROUP_CHOICES)
+def test_every_choice_of_every_group_composes(group: str, name: str, taskmaster: str) -> None:
+    experiment = "taskmaster_coffee" if name in ("taskmaster", "recorded") else "quickstart"
+    configuration.load([*overrides_for(experiment, taskmaster), f"{group}={name}"])
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "scale").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_scale_names_itself(file: Path) -> None:
+    assert read(file)["name"] == file.stem
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_names_itself(name: str) -> None:
+    assert read(FOLDER / "experiment" / f"{name}.yaml")["experiment"] == name
+
+
+def prefix_of(file: Path) -> str:
+    """Where a file's keys stand in the whole: experiments and config.yaml at the root, the others below their group."""
+    return "" if file.parent == FOLDER or file.parent.name == "experiment" else f"{file.parent.name}."
+
+
+def keys(section: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
+def test_every_key_is_a_setting(file: Path) -> None:
+    content = {name: value for name, value in read(file).items() if name != "defaults"}
+    unknown = sorted(set(keys(content, prefix_of(file))) - set(configuration.leaves(Config)))
+    assert not unknown, f"{file} sets what schema.py does not know"
+
+
+def test_every_setting_has_a_default() -> None:
+    """Only what the schema itself gives a default may be missing from the YAML files."""
+    given = {key for file in FILES for key in keys({n: v for n, v in read(file).items() if n != "defaults"}, prefix_of(file))}
+    defaulted = {f"{owner}.{name}" for owner, name in (("scale", "embedding"), ("scale", "post_layer_norm"))}
+    assert set(configuration.leaves(Config)) - given - defaulted == set()
+
+
+def settings_without_doc(source: str) -> list[str]:
+    """`Class.field` of every annotated class field that has no string beneath it."""
+    found = []
+    for section in [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]:
+        for node, after in zip(section.body, [*section.body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and not is_text(after):
+                found.append(f"{section.name}.{ast.unparse(node.target)}")
+    return found
+
+
+def is_text(node: ast.stmt | None) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def test_every_setting_is_documented_beneath_itself() -> None:
+    source = (FOLDER / "schema.py").read_text(encoding="utf-8")
+    assert source.count('"""') > 100
+    assert settings_without_doc(source) == []
+
+
+def test_a_missing_line_of_documentation_is_noticed() -> None:
+    assert settings_without_doc('class A:\n    x: int\n    """Here."""\n    y: int\n') == ["A.y"]
