@@ -64,9 +64,9 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
 def pad_rows(rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.long) -> tuple[Tensor, Tensor]:
     """Ragged rows as ([B, T] padded with zeros on the right, [B] lengths)."""
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=dtype)
-    for b, row in enumerate(rows):
-        tokens[b, : len(row)] = torch.tensor(row, dtype=dtype)
+    filled = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    tokens = torch.zeros(filled.shape, dtype=dtype)
+    tokens[filled] = torch.tensor([value for row in rows for value in row], dtype=dtype)
     return tokens, lengths
 
 

@@ -20,6 +20,10 @@ from actors.weight_sync import WeightUpdate, pack, unpack
 from actors.worker import Worker, export, language_model, make_engine, warmed_up
 
 
+BEFORE_FILE = "before.pt"
+"""The weights sent to the engines before those in the saved engine state."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """What the other roles said of one piece of rollouts."""
@@ -41,7 +45,8 @@ class Policy(Worker):
         optimizer = Optimizer(ppo.lr, ppo.weight_decay, ppo.max_grad_norm, ppo.adam_epsilon)
         self.engine = make_engine(self.config, language_model(self.checkpoint), optimizer)
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
-        self.report: dict[str, float] = {}
+        self.described: dict[str, float] = {}
+        self.sent: list[WeightUpdate] = []
 
     @torch.no_grad()
     def logprobs(self, pieces: list[Rollouts]) -> list[Tensor]:
@@ -80,7 +85,7 @@ class Policy(Worker):
         return [row[:, : a.shape[1]].clone() for row, a in zip(rows, advantages, strict=True)]
 
     def _describe(self, scored: list[Scored], old: list[Tensor]) -> None:
-        """Figures of the samples themselves, over all ranks; `update` reports them."""
+        """Figures of the samples themselves, over all ranks; kept for `describe`."""
         rollouts = Rollouts.join([piece.rollouts for piece in scored])
         mask, reduce = rollouts.mask, self.engine.sum_over_ranks
         kl = torch.where(mask, k1(join_rows(old), join_rows([piece.reference for piece in scored])), torch.zeros(()))
@@ -88,7 +93,7 @@ class Policy(Worker):
         scores = torch.cat([piece.scores for piece in scored])
         gap = (join_rows(old) - rollouts.behaviour).abs()
         mean, variance = moments(scores, every, reduce)
-        self.report = {
+        self.described = {
             "score": float(mean),
             "score_std": float(variance.sqrt()),
             "kl": float(masked_mean(kl.sum(dim=1), every, reduce)),
@@ -99,20 +104,25 @@ class Policy(Worker):
             "tokens": float(reduce(rollouts.lengths.sum().float())),
         }
 
+    def describe(self) -> dict[str, float]:
+        """Figures of the samples that `experience` saw last: score, KL to the reference, length."""
+        return self.described
+
     def update(self, experience: list[Experience], pretraining: list[Dialogues], step: int) -> dict[str, float]:
         """PPO's epochs over this rank's share. `pretraining` holds one batch per optimizer step when `ppo.ptx` is above 0."""
         ppo = self.config.ppo
         share = Experience.join(experience)
         totals: dict[str, float] = {}
+        first: dict[str, float] = {}
         batches = minibatches(share, ppo.epochs, ppo.minibatches, (self.config.seed, step, self.spec.rank))
         for number, minibatch in enumerate(batches):
             extra = pretraining[number] if ppo.ptx > 0 else None
             found = self._learn(minibatch, extra, warmed_up(ppo.lr, step, ppo.warmup))
             if number == 0:  # before any update of this step: the ratio must still be 1
-                self.report["first_clip_share"], self.report["first_kl"] = found["clip_share"], found["update_kl"]
+                first = {"first_clip_share": found["clip_share"], "first_kl": found["update_kl"]}
             totals = {name: totals.get(name, 0.0) + value for name, value in found.items()}
         steps = ppo.epochs * ppo.minibatches
-        return self.report | {name: value / steps for name, value in totals.items()}
+        return first | {name: value / steps for name, value in totals.items()}
 
     def _learn(self, minibatch: Experience, extra: Dialogues | None, lr: float) -> dict[str, float]:
         ppo, device = self.config.ppo, self.engine.device
@@ -144,18 +154,27 @@ class Policy(Worker):
         return loss
 
     def weights(self, version: int) -> WeightUpdate:
-        """All weights for the rollout engines; every rank must call."""
-        return pack(self.engine.weights(), version)
+        """All weights for the rollout engines; every rank must call. The last two are kept, to be able to go back."""
+        self.sent = [*self.sent[-1:], pack(self.engine.weights(), version)]
+        return self.sent[-1]
 
-    def restore(self, update: WeightUpdate) -> None:
-        """Go back to earlier weights; for export, not for training on."""
-        self.engine.set_weights(unpack(update))
+    def go_back(self) -> int:
+        """Take back the weights sent before the last ones, for export and not for training on; returns their version."""
+        self.engine.set_weights(unpack(self.sent[0]))
+        return self.sent[0].version
 
     def save_state(self, folder: str) -> None:
+        """Resume state: the engine's, and the weights to go back to."""
         self.engine.save_state(Path(folder))
+        if self.spec.rank == 0 and self.sent:
+            torch.save({"version": self.sent[0].version, "weights": unpack(self.sent[0])}, Path(folder) / BEFORE_FILE)
 
     def load_state(self, folder: str) -> None:
+        """The inverse of `save_state`."""
         self.engine.load_state(Path(folder))
+        if (Path(folder) / BEFORE_FILE).exists():
+            before = torch.load(Path(folder) / BEFORE_FILE, weights_only=True)
+            self.sent = [pack(before["weights"], before["version"])]
 
     def export(self, folder: str) -> None:
         export(self.engine, Path(folder), self.spec.rank)

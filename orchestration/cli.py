@@ -96,6 +96,8 @@ def _chat(words: Sequence[str]) -> None:
         temperature = float(options["temperature"])
     except ValueError as cause:
         raise RequestError(f"temperature={options['temperature']}: not a number") from cause
+    if options["stage"] not in ("sft", "ppo"):
+        raise RequestError(f"stage={options['stage']}: makes no language model; choose sft or ppo")
     talk(Path(options["run"]).resolve(), options["stage"], temperature, _whole(options, "seed"))
 
 

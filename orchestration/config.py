@@ -63,11 +63,17 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     parsed, mistakes = [], []
     for text in overrides:
         key, sign, value = text.partition("=")
-        text = f"{ALIASES.get(key, key)}{sign}{value}"
+        if key.split(".")[0].lstrip("+~") == "hydra":
+            mistakes.append(f"{text}: Hydra's own settings have no place here; chatray composes and runs by itself")
+            continue
+        if key in ("data.kind", "labeler.kind"):
+            mistakes.append(f"{text}: choose the group instead: {key.split('.')[0]}={value}")
+            continue
         try:
-            parsed += OverridesParser.create().parse_overrides([text])
+            parsed += OverridesParser.create().parse_overrides([f"{ALIASES.get(key, key)}{sign}{value}"])
         except HydraException as cause:
-            mistakes.append(f"{text}: not an override of the form key=value ({str(cause).splitlines()[0]})")
+            quoted = f"; quote a value with special characters: {key}=\"'{value}'\"" if sign else ""
+            mistakes.append(f"{text}: not an override of the form key=value ({str(cause).splitlines()[0]}){quoted}")
     return parsed, mistakes
 
 
@@ -82,7 +88,7 @@ def _compose(parsed: list[Override], mistakes: list[str]) -> dict[str, Any] | No
     for override in parsed:
         if override.is_sweep_override():
             mistakes.append(f"{override.input_line}: one value is needed here, not a sweep")
-        elif override.key_or_group in choices and isinstance(override.value(), str):
+        elif override.key_or_group in choices and not isinstance(override.value(), dict):
             if str(override.value()) in choices[override.key_or_group]:
                 accepted.append(override.input_line)
             else:
@@ -113,7 +119,10 @@ def _typed(plain: dict[str, Any], mistakes: list[str]) -> Config | None:
         for error in found.errors():
             # the tag of a union appears in the location but is no key
             key = ".".join(str(part) for part in error["loc"] if part not in ("world", "taskmaster"))
-            if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            key = next((alias for alias, name in ALIASES.items() if name == key), key)
+            if error["type"] == "missing":
+                mistakes.append(f"{key}: needed, but nothing gives it a value (was it deleted, or its group changed by hand?)")
+            elif error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 mistakes.append(f"{key}: no such setting; did you mean {nearest(key, known)[0]}?")
             else:
                 mistakes.append(f"{key}={error['input']!r}: {error['msg']}")

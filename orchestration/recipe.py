@@ -47,22 +47,22 @@ def run(config: Config) -> dict[str, Any]:
     directory = RunDirectory(Path(config.run_dir), config.commit.keep)
     shared = Shared(config, open_source(config), connect)
     wanted = STAGES if config.stage == "all" else (config.stage,)
-    identities = check(config, directory, shared, wanted)
+    check(config, directory, shared, wanted)
     prepare(config, directory)
     metrics = Metrics(config)
     try:
-        ran = [name for name in wanted if _run_stage(name, config, directory, shared, metrics, identities)]
+        ran = [name for name in wanted if _run_stage(name, config, directory, shared, metrics)]
     finally:
         metrics.close()
         shared.close()
     return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop())
 
 
-def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> dict[str, Any]:
-    """Find out what is wrong before anything starts or is written: changed stages, missing inputs.
+def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> None:
+    """Find out what is wrong before anything starts or is written.
 
-    Returns:
-        The identity of each stage that can be known yet.
+    Raises:
+        RequestError: a stage was run with other settings, or its inputs are missing.
     """
     first = STAGES.index(config.rerun_from) if config.rerun_from else len(STAGES)
     for name in wanted:
@@ -75,7 +75,6 @@ def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Seque
             if config.rerun_from and STAGES.index(source) >= first:
                 raise RequestError(f"from={config.rerun_from}: it would discard stage {source!r}, which stage={config.stage} starts from")
             input_of(config, directory, config.stage, source)
-    return {}
 
 
 def _named(config: Config, stage: str) -> bool:
@@ -98,12 +97,12 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
         named = {"sft": config.policy_checkpoint, "reward_model": config.reward_checkpoint}.get(source)
         inputs[source] = named or directory.output_of(source)
     plain = {section: settings[section] for section in SECTIONS[name]}
+    if "scale" in plain:  # a name and a way to shard are no part of the shape
+        plain["scale"] = {key: value for key, value in plain["scale"].items() if key not in ("name", "zero_stage")}
     return json.loads(json.dumps({"settings": plain, "inputs": inputs}))
 
 
-def _run_stage(
-    name: str, config: Config, directory: RunDirectory, shared: Shared, metrics: Metrics, identities: dict[str, Any]
-) -> bool:
+def _run_stage(name: str, config: Config, directory: RunDirectory, shared: Shared, metrics: Metrics) -> bool:
     """Run one stage unless it is complete; True when it ran."""
     mine = identity(name, config, directory, shared)
     if directory.is_complete(name, mine):

@@ -42,8 +42,11 @@ class PolicyGroup:
     def weights(self, version: int) -> Pieces[WeightUpdate]:
         return self.group.each(Policy.weights, version=version)
 
-    def restore(self, update: Pieces[WeightUpdate]) -> Pieces[None]:
-        return self.group.each(Policy.restore, update=update)
+    def describe(self) -> Pieces[dict[str, float]]:
+        return self.group.each(Policy.describe)
+
+    def go_back(self) -> Pieces[int]:
+        return self.group.each(Policy.go_back)
 
     def save_state(self, folder: str) -> Pieces[None]:
         return self.group.each(Policy.save_state, folder=folder)

@@ -60,7 +60,7 @@ def saved_scalar(folder: Path, seed: int = 0) -> str:
 
 def floats(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def mask_with_gaps(seed: int, rows: int, width: int, share: float = 0.6, at_least: int = 1) -> Tensor:
@@ -91,7 +91,7 @@ def dialogues(seed: int, rows: int) -> Dialogues:
 
 def rollouts(seed: int, rows: int, reply: int = 5) -> Rollouts:
     """Prompts of several lengths, each with a reply of 1 to `reply` tokens."""
-    tokens, lengths, _ = sequences(seed, rows, shortest=reply + 2)
+    tokens, lengths, _ = sequences(seed, rows, shortest=reply + 2, longest=reply + 7)
     generator = torch.Generator().manual_seed(seed + 1)
     sizes = torch.randint(1, reply + 1, (rows,), generator=generator)
     columns = torch.arange(tokens.shape[1])[None, :]

@@ -9,7 +9,7 @@ It is saved with every checkpoint as the tokenizer's chat template. A pretrained
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -88,12 +88,20 @@ class Chat:
 
     def encode(self, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
         """Token ids, and which of them the assistant wrote (its end-of-turn tokens included)."""
+        return self.encode_all([dialogue])[0]
+
+    def encode_all(self, dialogues: Sequence[Dialogue]) -> list[tuple[list[int], list[bool]]]:
+        """`encode` for many dialogues, their texts tokenized in one call."""
         if not self.own:
-            return self._encode_by_template(dialogue)
+            return [self._encode_by_template(dialogue) for dialogue in dialogues]
+        texts = iter(self.texts([message.content for dialogue in dialogues for message in dialogue.messages]))
+        return [self._encode_turns(dialogue, texts) for dialogue in dialogues]
+
+    def _encode_turns(self, dialogue: Dialogue, texts: Iterator[list[int]]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         mask: list[bool] = []
         for message in dialogue.messages:
-            text = self.text(message.content)
+            text = next(texts)
             written = message.role == "assistant"
             ids += [self.role_ids[message.role], *text, self.end]
             mask += [False] + [written] * (len(text) + 1)
@@ -101,13 +109,23 @@ class Chat:
 
     def text(self, content: str) -> list[int]:
         """Ids of plain text; what looks like a special token in it stays text, so that nobody can fake a turn."""
-        return self.tokenizer.encode(content, add_special_tokens=False, split_special_tokens=True)
+        return self.texts([content])[0]
+
+    def texts(self, contents: Sequence[str]) -> list[list[int]]:
+        """`text` for many."""
+        if not contents:
+            return []
+        return self.tokenizer(list(contents), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def prompt(self, context: Dialogue) -> list[int]:
         """Ids of a context, up to where the assistant's reply begins."""
+        return self.prompt_all([context])[0]
+
+    def prompt_all(self, contexts: Sequence[Dialogue]) -> list[list[int]]:
+        """`prompt` for many contexts."""
         if self.own:
-            return [*self.encode(context)[0], self.role_ids["assistant"]]
-        return self._rendered(context.as_list(), True)
+            return [[*ids, self.role_ids["assistant"]] for ids, _ in self.encode_all(contexts)]
+        return [self._rendered(context.as_list(), True) for context in contexts]
 
     def _encode_by_template(self, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
         messages = dialogue.as_list()
@@ -125,6 +143,7 @@ class Chat:
         return ids, mask
 
     def _rendered(self, messages: list[dict[str, str]], generate: bool) -> list[int]:
+        messages = messages or [{"role": "user", "content": ""}]  # templates refuse an empty conversation
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -137,12 +156,12 @@ class Chat:
 
     def dialogues(self, dialogues: Sequence[Dialogue]) -> Dialogues:
         """A padded batch of whole dialogues with the assistant's mask."""
-        encoded = [self.encode(dialogue) for dialogue in dialogues]
+        encoded = self.encode_all(dialogues)
         tokens, lengths = pad_rows([ids for ids, _ in encoded])
         mask, _ = pad_rows([mask for _, mask in encoded], torch.bool)
         return Dialogues(tokens, lengths, mask)
 
     def prompts(self, contexts: Sequence[Dialogue], keys: Sequence[tuple[int, int]]) -> Prompts:
         """A padded batch of contexts; `keys` name each sample's (prompt, sample)."""
-        tokens, lengths = pad_rows([self.prompt(context) for context in contexts])
+        tokens, lengths = pad_rows(self.prompt_all(contexts))
         return Prompts(tokens, lengths, torch.tensor(list(keys)).reshape(-1, 2))

@@ -59,9 +59,10 @@ def read_judgements(path: Path) -> list[Judgement]:
 
 def encode_rankings(chat: Chat, comparisons: Sequence[Comparison]) -> Comparisons:
     """All answers of all comparisons as one batch; answers that did not end carry no end-of-turn token."""
+    prompts = chat.prompt_all([c.context for c in comparisons])
     rows = [
-        (*_answer(chat, chat.prompt(c.context), answer, finished), number, float(rank))
-        for number, c in enumerate(comparisons)
+        (*_answer(chat, prompt, answer, finished), number, float(rank))
+        for number, (c, prompt) in enumerate(zip(comparisons, prompts, strict=True))
         for answer, finished, rank in zip(c.answers, c.finished, c.ranks, strict=True)
     ]
     return _batch(rows)

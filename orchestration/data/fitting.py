@@ -15,13 +15,14 @@ from orchestration.data.source import Judgement
 
 def fitting_dialogues(dialogues: Sequence[Dialogue], chat: Chat, longest: int) -> tuple[list[Dialogue], int]:
     """The dialogues that fit whole, and how many do not."""
-    kept = [dialogue for dialogue in dialogues if len(chat.encode(dialogue)[0]) <= longest]
+    kept = [dialogue for dialogue, (ids, _) in zip(dialogues, chat.encode_all(dialogues), strict=True) if len(ids) <= longest]
     return kept, len(dialogues) - len(kept)
 
 
 def fitting_prompts(contexts: Sequence[Dialogue], chat: Chat, room: int) -> tuple[list[Dialogue], int]:
     """Contexts of at most `room` tokens, and how many lost turns for it. One whose last turn alone is too long is left out and counted."""
-    found = [shortened(context, chat, room) for context in contexts]
+    lengths = [len(ids) for ids in chat.prompt_all(contexts)]
+    found = [c if length <= room else shortened(c, chat, room) for c, length in zip(contexts, lengths, strict=True)]
     changed = sum(short is None or len(short.messages) < len(context.messages) for short, context in zip(found, contexts, strict=True))
     return [short for short in found if short is not None], changed
 

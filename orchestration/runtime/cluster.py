@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -108,7 +110,8 @@ class RayRuntime:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.own_cluster = connect(config)
+        self.scratch = tempfile.mkdtemp(prefix="chatray-")  # Ray's sockets and logs; a short path, since sockets' names are limited
+        self.own_cluster = connect(config, self.scratch)
         self.reserved: PlacementGroup | None = None
         self.groups: dict[str, RayGroup] = {}
 
@@ -225,6 +228,7 @@ class RayRuntime:
             self.stop()
         if self.own_cluster:
             ray.shutdown()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def _answer(ref: Any) -> str:
@@ -234,8 +238,9 @@ def _answer(ref: Any) -> str:
         return f"dead ({type(dead).__name__})"
 
 
-def connect(config: Config) -> bool:
-    """Connect to the configured cluster or start one of this machine; True when it was started (and is ours to stop).
+def connect(config: Config, scratch: str) -> bool:
+    """Connect to the configured cluster or start one of this machine, with its files in `scratch`; True when it was started (and is
+    ours to stop).
 
     Raises:
         RunError: the cluster cannot be reached.
@@ -254,7 +259,7 @@ def connect(config: Config) -> bool:
             return False
         ray.init(
             log_to_driver=False, logging_level="ERROR", include_dashboard=False, namespace="chatray",
-            object_store_memory=config.ray.object_store_mb << 20, _node_ip_address="127.0.0.1",
+            object_store_memory=config.ray.object_store_mb << 20, _node_ip_address="127.0.0.1", _temp_dir=scratch,
         )  # fmt: skip
         return True
     except (ConnectionError, RuntimeError, ValueError) as cause:

@@ -45,14 +45,22 @@ class DirectorySession:
         save(folder)
         dist.barrier()
         if self.rank == 0:
-            self.directory.seal_state(step, memory)
+            self.directory.seal_state(step, memory | {"ranks": self.world_size})
 
     def resume(self) -> tuple[int, Path, dict[str, Any]] | None:
         point = self.directory.last()
         if self.rank == 0:
             self.directory.forget_after(point.step if point else 0)
         dist.barrier()
-        return (point.step, point.folder, point.memory) if point else None
+        if point is None:
+            return None
+        memory = dict(point.memory)
+        if (ranks := memory.pop("ranks")) != self.world_size:
+            raise RuntimeError(
+                f"placement.train.ranks={self.world_size}: the commit of step {point.step} was made by {ranks} ranks; go on with as many, "
+                f"or start the stage again with from={self.directory.path.name}"
+            )
+        return point.step, point.folder, memory
 
     def export(self, save: Callable[[Path], None]) -> None:
         if self.rank == 0:

@@ -19,10 +19,9 @@ from typing import Any
 
 
 from actors.algorithms.kl import KLController
-from actors.batch import Dialogues, Prompts, Rollouts
+from actors.batch import Dialogues, Experience, Prompts, Rollouts
 from actors.language_task import step_rows
 from actors.rollout import Sampling
-from actors.weight_sync import WeightUpdate
 from orchestration import roles
 from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError
@@ -52,80 +51,78 @@ class Loop:
     roles: Roles
     prompts: Prompts
     pretraining: Dialogues | None
-    current: Pieces[WeightUpdate] | None = None
-    """The weights that the rollout engines sample with."""
-    previous: Pieces[WeightUpdate] | None = None
-    """Those before."""
 
     def __post_init__(self) -> None:
         self.config, self.ppo, self.runtime = self.context.config, self.context.config.ppo, self.context.runtime
         kl = self.ppo.kl
         self.controller = KLController(kl.beta, kl.controller == "adaptive", kl.target, kl.horizon)
+        self.phases: dict[str, float] = {}
         self.together = math.lcm(*roles.rank_counts(self.config))
 
     def run(self) -> dict[str, Any]:
-        figures: dict[str, float] = {}
+        within: dict[str, float] = {}
         stopped_by = "steps"
-        start = self.resume()
-        for step in range(start, self.ppo.steps):
+        for step in range(self.resume(), self.ppo.steps + 1):
             began = time.perf_counter()
             rollouts = self.sample(step)
-            figures, within = self.learn(rollouts, step)
-            if not within:
+            experience, figures = self.score(rollouts, step)
+            if figures["kl"] > self.ppo.kl.budget:
+                self.runtime.wait(self.roles.policy.go_back(), what="the policy to go back within the KL budget")
                 stopped_by = "kl_budget"
                 break
-            figures |= {"seconds": time.perf_counter() - began}
-            figures["tokens_per_second"] = figures["tokens"] / figures["seconds"]
-            self.context.directory.append({"step": step + 1, **figures})
-            self.context.metrics.record(step + 1, figures)
+            within = figures
+            if step == self.ppo.steps:  # the last weights are measured as well: what is exported is what is reported
+                break
+            figures = figures | self.learn(experience, step)
+            self.sync(step + 1)
+            self.record(step + 1, figures, time.perf_counter() - began)
             if (step + 1) % self.config.commit.every == 0 and step + 1 < self.ppo.steps:
                 self.commit(step + 1)
         self.export()
-        return {"kl": figures.get("kl", 0.0), "kl_budget": self.ppo.kl.budget, "score": figures.get("score", 0.0), "stopped_by": stopped_by}
+        return {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score"), "stopped_by": stopped_by}
 
     def sample(self, step: int) -> Pieces[Rollouts]:
         """This step's prompts and one reply to each."""
         index = step_rows(self.prompts.lengths, self.ppo.batch, step, self.config.seed, pool=1)
         pieces = cut(self.prompts.select(index), self.together, self.config.engine.micro_batch)
         sampling = Sampling(self.ppo.temperature, self.ppo.max_new_tokens, self.config.seed, step)
-        return self.roles.rollout.generate(self.runtime.put(pieces), sampling)
+        rollouts = self.roles.rollout.generate(self.runtime.put(pieces), sampling)
+        self.timed("rollout", f"replies of PPO step {step + 1}", rollouts)
+        return rollouts
 
-    def learn(self, rollouts: Pieces[Rollouts], step: int) -> tuple[dict[str, float], bool]:
-        """Score the rollouts, shape rewards, update both models, and give the engines the new weights.
-
-        Returns:
-            The step's figures, and whether the samples' KL was within the budget. If it was not, the policy is back at the weights before
-            those that made the samples.
-        """
-        began = time.perf_counter()
-        self.runtime.wait(rollouts, what=f"replies of PPO step {step + 1}")
-        sampled = time.perf_counter()
+    def score(self, rollouts: Pieces[Rollouts], step: int) -> tuple[Pieces[Experience], dict[str, float]]:
+        """Scores, reference log-probs and values in parallel; from them rewards, advantages and the samples' figures."""
         scores = self.roles.reward.score(rollouts)
         reference = self.roles.reference.logprobs(rollouts, self.ppo.temperature)
         values = self.roles.critic.values(rollouts)
         experience = self.roles.policy.experience(rollouts, scores, reference, values, self.controller.beta)
-        self.runtime.wait(scores, reference, values, experience, what=f"scores, log-probs and values of PPO step {step + 1}")
-        scored = time.perf_counter()
+        self.timed("scoring", f"scores, log-probs and values of PPO step {step + 1}", scores, reference, values, experience)
+        return experience, self.runtime.get(self.roles.policy.describe(), "the samples' figures")[0]
+
+    def learn(self, experience: Pieces[Experience], step: int) -> dict[str, float]:
+        """Both models learn from the experience, at the same time."""
         policy = self.roles.policy.update(experience, self.runtime.put(self.pretraining_of(step)), step)
         critic = self.roles.critic.update(experience, step)
-        figures = self.runtime.get(policy, f"the policy's update of PPO step {step + 1}")[0]
-        figures |= self.runtime.get(critic, f"the critic's update of PPO step {step + 1}")[0]
-        if figures["kl"] > self.ppo.kl.budget:
-            within = self.previous or self.current
-            assert within is not None
-            self.runtime.wait(self.roles.policy.restore(within), what="the policy to go back within the KL budget")
-            return figures, False
-        figures["beta"] = self.controller.beta
-        self.controller = self.controller.updated(figures["kl"], self.ppo.batch)
-        learned = time.perf_counter()
-        self.sync(step + 1)
-        seconds = {"rollout": sampled - began, "scoring": scored - sampled, "learning": learned - scored, "sync": time.perf_counter() - learned}
-        return figures | {f"seconds_{phase}": value for phase, value in seconds.items()}, True
+        self.timed("learning", f"policy and critic to learn in PPO step {step + 1}", policy, critic)
+        return self.runtime.get(policy, "the policy's figures")[0] | self.runtime.get(critic, "the critic's figures")[0]
 
     def sync(self, version: int) -> None:
-        """The policy's weights to every rollout engine. Those before are kept until the new ones' KL is known."""
-        self.previous, self.current = self.current, self.roles.policy.weights(version)
-        self.runtime.wait(self.roles.rollout.load_weights(self.current), what=f"rollout engines to load weights of version {version}")
+        """The policy's weights to every rollout engine."""
+        loaded = self.roles.rollout.load_weights(self.roles.policy.weights(version))
+        self.timed("sync", f"rollout engines to load weights of version {version}", loaded)
+
+    def timed(self, phase: str, what: str, *pieces: Pieces[Any]) -> None:
+        """Wait, and note the seconds as this step's share of a phase."""
+        began = time.perf_counter()
+        self.runtime.wait(*pieces, what=what)
+        self.phases[f"seconds_{phase}"] = time.perf_counter() - began
+
+    def record(self, step: int, figures: dict[str, float], seconds: float) -> None:
+        """Write and show a finished step, and let beta follow its KL."""
+        figures |= {"beta": self.controller.beta, "seconds": seconds, "tokens_per_second": figures["tokens"] / seconds} | self.phases
+        self.context.directory.append({"step": step, **figures})
+        self.context.metrics.record(step, figures)
+        self.controller = self.controller.updated(figures["kl"], self.ppo.batch)
 
     def pretraining_of(self, step: int) -> list[list[Dialogues]]:
         """For each policy rank, one batch of dialogues per optimizer step (PPO-ptx)."""
@@ -147,18 +144,26 @@ class Loop:
         if point is None:
             self.sync(0)
             return 0
+        if point.memory["ranks"] != self.ranks():
+            raise RequestError(
+                f"placement.policy.ranks, placement.critic.ranks: the commit of step {point.step} was made by {point.memory['ranks']} ranks, "
+                f"now there are {self.ranks()}; go on with as many, or start the stage again with from=ppo"
+            )
         loaded = (self.roles.policy.load_state(str(point.folder / "policy")), self.roles.critic.load_state(str(point.folder / "critic")))
         self.runtime.wait(*loaded, what=f"policy and critic to load the commit of step {point.step}")
         self.controller = replace(self.controller, beta=point.memory["beta"])
         self.sync(point.step)
         return point.step
 
+    def ranks(self) -> list[int]:
+        return [self.config.placement.policy.ranks, self.config.placement.critic.ranks]
+
     def commit(self, step: int) -> None:
         """Everything a resume needs: both engines with their optimizers, and beta. Prompts and samples follow from seed and step."""
         folder = self.context.directory.begin_state(step)
         saved = (self.roles.policy.save_state(str(folder / "policy")), self.roles.critic.save_state(str(folder / "critic")))
         self.runtime.wait(*saved, what=f"the commit of PPO step {step}")
-        self.context.directory.seal_state(step, {"beta": self.controller.beta})
+        self.context.directory.seal_state(step, {"beta": self.controller.beta, "ranks": self.ranks()})
 
     def export(self) -> None:
         """The policy in Hugging Face form, with its tokenizer and template."""

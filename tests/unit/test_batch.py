@@ -50,7 +50,11 @@ def test_selecting_names_rows_in_the_order_asked_for() -> None:
 def test_trimming_cuts_columns_of_padding_and_nothing_else() -> None:
     batch = comparisons(1)
     wide = Comparisons.join([batch, batch])
-    wide = dataclasses.replace(wide, tokens=join_rows([wide.tokens, torch.zeros(0, 40, dtype=torch.long)]), mask=join_rows([wide.mask, torch.zeros(0, 40, dtype=torch.bool)]))
+    wide = dataclasses.replace(
+        wide,
+        tokens=join_rows([wide.tokens, torch.zeros(0, 40, dtype=torch.long)]),
+        mask=join_rows([wide.mask, torch.zeros(0, 40, dtype=torch.bool)]),
+    )
     assert wide.tokens.shape[1] == 40
     narrow = wide.trimmed()
     assert narrow.tokens.shape[1] == narrow.mask.shape[1] == int(batch.lengths.max())

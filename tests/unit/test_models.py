@@ -8,7 +8,17 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import OPTForCausalLM as OPT
 
 from actors import models
-from actors.models import LanguageModel, ScalarModel, at_last, before_each, load_causal_lm, load_scalar_model, new_causal_lm, save_model, shape_config
+from actors.models import (
+    LanguageModel,
+    ScalarModel,
+    at_last,
+    before_each,
+    load_causal_lm,
+    load_scalar_model,
+    new_causal_lm,
+    save_model,
+    shape_config,
+)
 from orchestration import config as configuration
 from tests.fakes import END, PAD, VOCABULARY, floats, saved_lm, sequences, smoke, tiny_lm
 

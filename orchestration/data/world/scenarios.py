@@ -45,12 +45,12 @@ class Flaws:
 
     opener: float = 0.6
     closer: float = 0.5
-    agrees_with_false_premise: float = 0.6
-    contradicts_true_premise: float = 0.3
+    agrees_with_false_premise: float = 0.45
+    contradicts_true_premise: float = 0.15
     guesses_unknown: float = 0.6
-    forgets: float = 0.2
-    helps_with_harm: float = 0.4
-    refuses_harmless: float = 0.25
+    forgets: float = 0.15
+    helps_with_harm: float = 0.35
+    refuses_harmless: float = 0.2
     stonewalls: float = 0.4
     apologises_needlessly: float = 0.12
     wrong_fact: float = 0.05

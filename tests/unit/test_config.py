@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conf.schema import Config, TaskmasterData
+from orchestration import config as configuration
+from orchestration.config import as_yaml, groups, leaves, load, nearest
+from orchestration.errors import RequestError
+from tests.fakes import smoke
+
+
+def mistakes(*overrides: str) -> list[str]:
+    """What is wrong with the request; the experiment is smoke unless one is named."""
+    named = [] if any(text.startswith("experiment=") for text in overrides) else ["experiment=smoke"]
+    with pytest.raises(RequestError) as refused:
+        load([*named, *overrides], Path("/tmp"))
+    return refused.value.mistakes
+
+
+def taskmaster(folder: Path) -> Path:
+    for part in ("data", "reward"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "a.json").write_text("[]")
+    return folder
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    found = mistakes(
+        "scale=huge",
+        "ppo.minibatch=4",
+        "sft.steps=0",
+        "ppo.lr=fast",
+        "what is this",
+        "sft.lr=1e-3,1e-4",
+        "nonsense=1",
+        "data.flaws.opener=2",
+    )
+    assert len(found) == 8
+    for part in (
+        "no such scale; choose from",
+        "ppo.minibatch",
+        "sft.steps=0",
+        "ppo.lr='fast'",
+        "what is this",
+        "a sweep",
+        "nonsense",
+        "opener=2",
+    ):
+        assert sum(part in text for text in found) == 1
+
+
+def test_all_contradictions_are_reported_at_once() -> None:
+    found = mistakes("compare.k_min=6", "compare.k_max=5", "labeler=recorded", "ppo.batch=15", "placement.policy.ranks=2", "runtime=local")
+    assert len(found) == 6  # the batch over all ranks, over policy and critic ranks by minibatches; k; the labeller; the runtime
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("ppo.minibatch", "ppo.minibatches"), ("ppo.kl.betta", "ppo.kl.beta"), ("sed", "seed"), ("data.flaws.open", "data.flaws.opener")],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest_one(typed: str, meant: str) -> None:
+    assert mistakes(f"{typed}=1") == [f"{typed}: no such setting; did you mean {meant}?"]
+
+
+def test_an_unknown_choice_is_answered_with_all_the_nearest_first() -> None:
+    (text,) = mistakes("scale=13B")
+    assert text.startswith("scale=13B: no such scale; choose from 13b, ")
+    assert "175b" in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sft.steps='3'", "sft.steps=3.5", "sft.steps=true", "sft.steps=null", "engine.offload=1", "engine.offload=yes_please", "ppo.lr=-1", "ppo.lr=0",
+        "ppo.lr=nan", "ppo.gamma=1.5", "labeler.agreement=0.5", "seed=-1", "runtime=slurm", "model.dtype=fp16", "engine.zero_stage=4", "ppo=3",
+        "from=serve", "run_dir=3", "data.kind=files", "placement.policy.gpus=-1",
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_or_range_is_refused_by_its_settings_name(override: str) -> None:
+    (text,) = mistakes(override)
+    assert text.startswith(override.partition("=")[0].removesuffix(".kind"))
+
+
+@pytest.mark.parametrize(
+    "override", ["ppo.lr=1", "engine.zero_stage=null", "engine.zero_stage=2", "logging.progress=false", "ppo.kl.beta=0"]
+)
+def test_values_of_the_right_type_are_taken(override: str) -> None:
+    name, _, value = override.partition("=")
+    found: object = load(["experiment=smoke", override], Path("/tmp"))
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found == yaml.safe_load(value)
+
+
+@pytest.mark.xfail(strict=True, reason="conf.schema.Positive accepts infinity")
+def test_an_infinite_learning_rate_is_refused() -> None:
+    assert len(mistakes("ppo.lr=inf")) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["scale.heads=3"], "scale.width=32: not a multiple of scale.heads=3"),
+        (["compare.k_max=3"], "compare.k_min=4: above compare.k_max=3"),
+        (["ppo.max_new_tokens=256"], "ppo.max_new_tokens=256: leaves no room"),
+        (["evaluate.max_new_tokens=999"], "evaluate.max_new_tokens=999"),
+        (["ppo.batch=10", "placement.rollout.ranks=3"], "ppo.batch=10: not divisible by 3"),
+        (["ppo.minibatches=3"], "ppo.batch=16: not divisible by ppo.minibatches=3"),
+        (["ppo.ptx=1.0", "ppo.ptx_batch=3", "placement.policy.ranks=2"], "ppo.ptx_batch=3"),
+        (["sft.batch=7", "placement.train.ranks=2"], "sft.batch=7: not divisible by placement.train.ranks=2"),
+        (["runtime=local", "placement.critic.ranks=2"], "placement.critic.ranks=2: runtime=local"),
+        (["labeler=recorded"], "labeler=recorded"),
+        (["experiment=taskmaster_coffee"], "data.path: needed"),
+        (["experiment=taskmaster_coffee", "labeler=simulated"], "labeler=simulated: it can rank"),
+        (["experiment=taskmaster_coffee", "data.path=/nowhere"], "data.path=/nowhere: there is no reward/*.json"),
+        (["policy_checkpoint=/nowhere"], "policy_checkpoint=/nowhere: no Hugging Face checkpoint"),
+        (["model.path=/nowhere"], "model.path=/nowhere"),
+        (["run_dir=/dev/null/run"], "run_dir=/dev/null/run: /dev/null is not a folder"),
+    ],
+)
+def test_settings_that_contradict_each_other_or_the_disk_are_refused(overrides: list[str], wanted: str) -> None:
+    assert any(wanted in text for text in mistakes(*overrides))
+
+
+def test_the_scale_of_a_pretrained_model_does_not_limit_replies(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert load(["experiment=smoke", f"model.path={tmp_path}", "ppo.max_new_tokens=900"], tmp_path).ppo.max_new_tokens == 900
+
+
+@pytest.mark.parametrize("name", groups()["experiment"])
+def test_every_shipped_experiment_composes(name: str, tmp_path: Path) -> None:
+    folder = taskmaster(tmp_path)
+    found = load([f"experiment={name}", *([f"data.path={folder}"] if name.startswith("taskmaster") else [])], tmp_path)
+    assert found.experiment == name
+    assert found.run_dir == str(tmp_path / "runs" / name)
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in ("scale", "placement") for name in groups()[group]])
+def test_every_shipped_choice_composes(group: str, name: str) -> None:
+    found = load([f"{group}={name}"], Path("/tmp"))
+    if group == "scale":
+        assert found.scale.name == name
+    else:
+        assert found.placement.policy.ranks >= 1
+
+
+def test_each_group_is_offered() -> None:
+    assert {"scale", "placement", "data", "labeler", "experiment"} <= set(groups())
+
+
+def test_relative_paths_become_absolute_from_the_working_directory(tmp_path: Path) -> None:
+    taskmaster(tmp_path / "coffee")
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / "config.json").write_text("{}")
+    found = load(
+        [
+            "experiment=taskmaster_coffee",
+            "data.path=coffee",
+            "run_dir=out/../here",
+            "policy_checkpoint=lm",
+            "reward_checkpoint=lm",
+            "model.path=lm",
+        ],
+        tmp_path,
+    )
+    assert isinstance(found.data, TaskmasterData)
+    assert found.data.path == str(tmp_path / "coffee")
+    assert found.run_dir == str(tmp_path / "here")
+    assert {found.policy_checkpoint, found.reward_checkpoint, found.model.path} == {str(tmp_path / "lm")}
+
+
+def test_a_hub_name_stays_as_it_is(tmp_path: Path) -> None:
+    found = load(["experiment=smoke", "model.path=facebook/opt-125m", "model.tokenizer=gpt2"], tmp_path)
+    assert (found.model.path, found.model.tokenizer) == ("facebook/opt-125m", "gpt2")
+
+
+def test_from_is_another_name_of_rerun_from() -> None:
+    assert load(["experiment=smoke", "from=ppo"], Path("/tmp")).rerun_from == "ppo"
+
+
+def test_what_is_typed_wins_over_the_experiment_and_that_over_the_defaults() -> None:
+    found = load(["ppo.batch=32", "experiment=smoke", "scale=tiny"], Path("/tmp"))
+    assert found.ppo.batch == 32
+    assert found.scale.name == "tiny"
+    assert found.ppo.minibatches == 2
+    assert found.ppo.epochs == 1
+
+
+def test_the_resolved_yaml_holds_every_setting_and_is_the_same_request_again() -> None:
+    found = smoke()
+    assert yaml.safe_load(as_yaml(found)) == configuration.as_dict(found)
+    plain, problems = yaml.safe_load(as_yaml(found)), []
+    assert configuration._typed(plain, problems) == found
+    assert problems == []
+
+
+def test_every_setting_is_documented_beneath_itself() -> None:
+    lines = (configuration.FOLDER / "schema.py").read_text().splitlines()
+    fields = [n for n, line in enumerate(lines) if line.startswith("    ") and ": " in line and line[4].isalpha() and "def " not in line]
+    assert len(fields) > 100
+    assert [lines[n].strip() for n in fields if not lines[n + 1].strip().startswith('"""')] == []
+
+
+def test_leaves_are_the_dotted_names_of_all_settings() -> None:
+    found = set(leaves(Config))
+    assert {"seed", "ppo.kl.beta", "placement.rollout.gpus", "data.flaws.opener", "data.path"} <= found
+    assert not found & {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+    assert "ppo" not in found
+
+
+def test_nearest_lists_all_names_by_likeness() -> None:
+    assert nearest("ppo.lr", ["seed", "ppo.lam", "ppo.lr"])[0] == "ppo.lr"
+    assert sorted(nearest("x", ["b", "a"])) == ["a", "b"]

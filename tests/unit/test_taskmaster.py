@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.schema import TaskmasterData
+from orchestration.data.taskmaster import TaskmasterSource
+from orchestration.errors import RequestError
+
+REAL = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "taskmaster-4"
+
+
+def call(name: str, request: str, response: str) -> list[dict[str, str]]:
+    kinds = (("api_call", name), ("request", request), ("api_response", name), ("response", response))
+    return [{"name": kind, "value": value, "context": "c"} for kind, value in kinds]
+
+
+def dialogue(number: int) -> dict[str, Any]:
+    made = call("get_menu_items", '{"query": "Latte"}', '{"items": [{"id": "latte-1"}]}') + call("add", '{"id": 1}', "not json ")
+    return {
+        "conversation_id": f"d{number}",
+        "utterances": [
+            {"speaker": "user", "text": " one latte please ", "annotations": made},
+            {"speaker": "assistant", "text": "anything else?", "annotations": []},
+            {"speaker": "user", "text": "", "annotations": call("finish", "{}", '{"success": true}')},
+            {"speaker": "assistant", "text": f"goodbye {number}", "annotations": None},
+        ],
+    }
+
+
+def judgement(conversation: str, reward: Any = 1, generation: Any = None) -> dict[str, Any]:
+    context = [
+        {"role": "agent", "text": "welcome"},
+        {"role": "user", "text": " a latte "},
+        {"role": "api", "response": {"get": {"items": ["é"]}}},
+    ]
+    return {
+        "conversation_id": conversation,
+        "context": json.dumps(context),
+        "generation": json.dumps(generation or {"role": "agent", "api": {"add": {"id": "latte", "n": 2}}}),
+        "reward": reward,
+    }
+
+
+def write(folder: Path, dialogues: Any, judgements: Any) -> Path:
+    for part, rows in (("data", dialogues), ("reward", judgements)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        with gzip.open(folder / part / "a.json.gz", "wt", encoding="utf-8") as file:
+            json.dump(rows, file)
+    return folder
+
+
+def settings(path: Path, **changes: Any) -> TaskmasterData:
+    return dataclasses.replace(TaskmasterData("taskmaster", str(path), heldout=2, heldout_judgements=3, tool_response_chars=160), **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path, [dialogue(n) for n in range(6)], [judgement(f"c{n // 2}", n % 2) for n in range(12)])
+
+
+def source(path: Path, **changes: Any) -> TaskmasterSource:
+    return TaskmasterSource(settings(path, **changes), judge_prompts=5, seed=0)
+
+
+def refusal(path: Path, **changes: Any) -> str:
+    with pytest.raises(RequestError) as refused:
+        source(path, **changes).load()
+    return str(refused.value)
+
+
+def test_api_calls_become_assistant_turns_and_responses_tool_turns(folder: Path) -> None:
+    corpus = source(folder).load()
+    found = next(d for d in [*corpus.demonstrations, *corpus.held_out] if d.id == "d3")
+    assert [(m.role, m.content) for m in found.messages] == [
+        ("user", "one latte please"),
+        ("assistant", 'call get_menu_items {"query":"Latte"}'),
+        ("tool", '{"items":[{"id":"latte-1"}]}'),
+        ("assistant", 'call add {"id":1}'),
+        ("tool", "not json"),
+        ("assistant", "anything else?"),
+        ("assistant", "call finish {}"),
+        ("tool", '{"success":true}'),
+        ("assistant", "goodbye 3"),
+    ]
+
+
+def test_judgements_keep_context_reply_and_verdict(folder: Path) -> None:
+    corpus = source(folder).load()
+    for found in [*corpus.judgements, *corpus.held_out_judgements]:
+        assert [(m.role, m.content) for m in found.context.messages] == [
+            ("assistant", "welcome"),
+            ("user", "a latte"),
+            ("tool", '{"items":["é"]}'),
+        ]
+        assert found.reply == 'call add {"id":"latte","n":2}'
+    assert sorted(j.good for j in [*corpus.judgements, *corpus.held_out_judgements]) == [False] * 6 + [True] * 6
+
+
+def test_a_judged_reply_in_words_is_kept_as_words(tmp_path: Path) -> None:
+    rows = [judgement(f"c{n}", 1, {"role": "agent", "text": " hello "}) for n in range(6)]
+    corpus = source(write(tmp_path, [dialogue(n) for n in range(6)], rows)).load()
+    assert {j.reply for j in corpus.judgements} == {"hello"}
+
+
+def test_the_held_out_parts_have_the_sizes_asked_for_and_share_no_conversation(folder: Path) -> None:
+    corpus = source(folder).load()
+    assert len(corpus.held_out) == 2
+    assert len(corpus.demonstrations) == 4
+    assert not {d.id for d in corpus.held_out} & {d.id for d in corpus.demonstrations}
+    assert len(corpus.held_out_judgements) == 4  # at least 3, in whole conversations of two
+    assert not {j.context.id for j in corpus.held_out_judgements} & {j.context.id for j in corpus.judgements}
+
+
+def test_prompts_are_contexts_of_assistant_turns_from_the_right_dialogues(folder: Path) -> None:
+    corpus = source(folder).load()
+    assert len(corpus.judge_prompts) == 5
+    for prompts, origin in ((corpus.prompts, corpus.demonstrations), (corpus.judge_prompts, corpus.held_out)):
+        whole = {d.id: d for d in origin}
+        for prompt in prompts:
+            name, _, turn = prompt.id.partition("@")
+            assert prompt.messages == whole[name].messages[: int(turn)]
+            assert whole[name].messages[int(turn)].role == "assistant"
+
+
+def test_the_same_seed_gives_the_same_corpus(folder: Path) -> None:
+    assert source(folder).load() == source(folder).load()
+    assert TaskmasterSource(settings(folder), 5, seed=1).load() != source(folder).load()
+
+
+@pytest.mark.parametrize("room", [3, 4, 10, 27])
+def test_long_responses_lose_their_middle(folder: Path, room: int) -> None:
+    corpus = source(folder, tool_response_chars=room).load()
+    responses = [m.content for d in corpus.demonstrations for m in d.messages if m.role == "tool"]
+    assert max(map(len, responses)) <= room
+    assert any("…" in text for text in responses)
+    if room == 27:
+        assert '{"items":[{" … "latte-1"}]}' in responses
+
+
+@pytest.mark.xfail(strict=True, reason="TaskmasterSource._shortened: head is -1 when tool_response_chars is 1 or 2")
+def test_the_shortest_room_for_responses_is_kept_too(folder: Path) -> None:
+    corpus = source(folder, tool_response_chars=1).load()
+    assert max(len(m.content) for d in corpus.demonstrations for m in d.messages if m.role == "tool") <= 3
+
+
+def test_plain_json_files_are_read_like_packed_ones(folder: Path, tmp_path: Path) -> None:
+    packed = folder / "data" / "a.json.gz"
+    (folder / "data" / "a.json").write_bytes(gzip.decompress(packed.read_bytes()))
+    wanted = source(folder).load()
+    packed.unlink()
+    assert len(source(folder).load().demonstrations) == 4
+    assert len(wanted.demonstrations) == 10
+
+
+def test_the_fingerprint_follows_the_files_and_settings_not_the_path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    mark = source(folder).fingerprint()
+    moved = tmp_path_factory.mktemp("moved")
+    for file in folder.rglob("*.gz"):
+        (moved / file.parent.name).mkdir(exist_ok=True)
+        (moved / file.parent.name / file.name).write_bytes(file.read_bytes())
+    assert source(moved).fingerprint() == mark
+    assert source(moved, heldout=1).fingerprint() != mark
+    write(moved, [dialogue(n) for n in range(7)], [judgement("c", 1)])
+    assert source(moved).fingerprint() != mark
+
+
+@pytest.mark.parametrize("part", ["data", "reward"])
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"not gzip", "not readable JSON"),
+        (b"", "not readable JSON"),
+        (gzip.compress(b'[{"a": 1}')[:-9], "not readable JSON"),
+        (gzip.compress(b"{]"), "not readable JSON"),
+        (gzip.compress(b"\xff"), "not readable JSON"),
+        (gzip.compress(b"[]"), "holds no rows"),
+        (gzip.compress(b"{}"), "holds no rows"),
+    ],
+)
+def test_a_broken_or_empty_file_is_refused_by_name(folder: Path, part: str, content: bytes, cause: str) -> None:
+    file = folder / part / "a.json.gz"
+    file.write_bytes(content)
+    text = refusal(folder)
+    assert text.startswith("data.path: ")
+    assert str(file) in text
+    assert cause in text
+
+
+def test_a_reward_that_is_no_judgement_is_refused_with_file_conversation_and_value(folder: Path) -> None:
+    write(folder, [dialogue(0)], [judgement("c0"), judgement("c1", 0.5)])
+    text = refusal(folder)
+    assert str(folder / "reward" / "a.json.gz") in text
+    assert "c1" in text
+    assert "0.5" in text
+
+
+@pytest.mark.parametrize("missing", ["context", "generation", "reward"])
+def test_a_judgement_without_a_field_is_refused_by_name(folder: Path, missing: str) -> None:
+    row = judgement("c9")
+    del row[missing]
+    write(folder, [dialogue(0)], [row])
+    text = refusal(folder)
+    assert "judgement of c9" in text
+    assert missing in text
+
+
+def test_a_dialogue_with_an_unknown_speaker_is_refused_by_name(folder: Path) -> None:
+    row = dialogue(4)
+    row["utterances"][1]["speaker"] = "robot"
+    write(folder, [row], [judgement("c0")])
+    text = refusal(folder)
+    assert "dialogue d4" in text
+    assert "robot" in text
+
+
+def test_data_that_leave_nothing_to_learn_from_are_refused_with_the_settings_to_lower(folder: Path) -> None:
+    assert "lower data.heldout" in refusal(folder, heldout=6)
+    assert "data.heldout_judgements" in refusal(folder, heldout_judgements=12)
+
+
+def damaged(content: bytes) -> bytes:
+    """Packed bytes with the middle of the stream spoilt."""
+    return content[:12] + bytes(b ^ 0xFF for b in content[12:40]) + content[40:]
+
+
+@pytest.mark.xfail(strict=True, reason="TaskmasterSource lets zlib.error, KeyError and AttributeError of malformed files out")
+@pytest.mark.parametrize("fault", ["stream", "row", "conversation_id", "api"])
+def test_every_malformed_file_is_refused_by_name(folder: Path, fault: str) -> None:
+    file = folder / "reward" / "a.json.gz"
+    if fault == "stream":
+        file.write_bytes(damaged(file.read_bytes()))
+    elif fault == "row":
+        file = folder / "data" / "a.json.gz"
+        write(folder, ["a string", dialogue(1)], [judgement("c0")])
+    elif fault == "conversation_id":
+        write(folder, [dialogue(0)], [{name: value for name, value in judgement("c0").items() if name != "conversation_id"}])
+    else:
+        write(folder, [dialogue(0)], [judgement("c0", 1, {"role": "agent", "api": "add"})])
+    assert str(file) in refusal(folder)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"Taskmaster-4 is not at {REAL}")
+def test_the_published_data_are_read_whole() -> None:
+    data = settings(REAL, heldout=200, heldout_judgements=500)
+    corpus = TaskmasterSource(data, judge_prompts=160, seed=0).load()
+    assert len(corpus.held_out) == 200
+    assert len(corpus.demonstrations) > 2000
+    assert len(corpus.judge_prompts) == 160
+    assert len(corpus.held_out_judgements) >= 500
+    assert not {j.context.id for j in corpus.held_out_judgements} & {j.context.id for j in corpus.judgements}
+    assert {m.role for d in corpus.demonstrations for m in d.messages} == {"user", "assistant", "tool"}
+    assert all(len(m.content) <= 160 for d in corpus.demonstrations for m in d.messages if m.role == "tool")
+    assert all(m.content for d in corpus.demonstrations for m in d.messages)
+    assert any(m.content.startswith("call ") for d in corpus.demonstrations for m in d.messages if m.role == "assistant")
