@@ -40,7 +40,9 @@ class Optimizer:
 class Engine:
     """A module on this rank: trained if it has an optimizer, frozen if not."""
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer | None, *, zero_stage: int, offload: bool, dtype: str, micro_batch: int) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer | None, *, zero_stage: int, offload: bool, dtype: str, micro_batch: int
+    ) -> None:
         self.module = module
         self.trains = optimizer is not None
         self.zero_stage = zero_stage
@@ -51,8 +53,8 @@ class Engine:
         self.world_size = dist.get_world_size()
         if optimizer is None:
             module.requires_grad_(False).eval()
+        self.deepspeed: Any = None
         if optimizer is None and zero_stage < 3:  # a frozen replica needs no engine
-            self.deepspeed = None
             module.to(self.device, dtype=torch.bfloat16 if dtype == "bf16" and not self.autocast else None)
             return
         settings = _settings(module, optimizer, zero_stage, offload, dtype == "bf16" and not self.autocast, micro_batch)

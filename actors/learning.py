@@ -29,10 +29,8 @@ def micro_batches(rows: B, size: int) -> list[B]:
 
     Rows that are compared with each other (`Comparisons.group`) stay in one piece, which may make it larger than `size`.
     """
-    if isinstance(rows, Comparisons):
-        index = _whole_groups(rows, size)
-    else:
-        index = list(rows.lengths.argsort(stable=True).split(size))  # type: ignore[attr-defined]
+    by_length = rows.lengths.argsort(stable=True)  # type: ignore[attr-defined]
+    index = _whole_groups(rows, size) if isinstance(rows, Comparisons) else by_length.split(size)
     return [rows.select(chosen).trimmed() for chosen in index]
 
 

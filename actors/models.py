@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ def attention() -> str:
 
 def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int | None = None, pad: int | None = None):
     """The transformers configuration of a rung of the ladder."""
-    special = {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": None}
+    special: dict[str, Any] = {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": None}
     if scale.architecture == "llama":
         return LlamaConfig(
             vocab_size=vocabulary, hidden_size=scale.width, num_hidden_layers=scale.layers, num_attention_heads=scale.heads,
@@ -45,7 +46,9 @@ def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int |
 def new_causal_lm(scale: Scale, vocabulary: int, seed: int, dropout: float, end: int, pad: int) -> PreTrainedModel:
     """A causal LM with random weights drawn from `seed`."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(shape_config(scale, vocabulary, dropout, end, pad), dtype=torch.float32, attn_implementation=attention())
+    return AutoModelForCausalLM.from_config(
+        shape_config(scale, vocabulary, dropout, end, pad), dtype=torch.float32, attn_implementation=attention()
+    )
 
 
 def load_causal_lm(path: str, dropout: float = 0.0) -> PreTrainedModel:
@@ -148,7 +151,7 @@ def load_scalar_model(path: str, seed: int) -> ScalarModel:
         model = ScalarModel(AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation=attention()), seed)
         model.head.load_state_dict(load_file(head))
         return model
-    return ScalarModel(load_causal_lm(path).base_model, seed)
+    return ScalarModel(load_causal_lm(path).base_model, seed)  # type: ignore[arg-type]
 
 
 def save_model(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:

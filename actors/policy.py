@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,11 @@ from actors.algorithms.kl import k1
 from actors.algorithms.masking import masked_mean, masked_sum, moments, whiten
 from actors.algorithms.ppo import policy_loss
 from actors.algorithms.supervised import language_loss
-from actors.batch import Dialogues, Experience, Rollouts, join_rows
+from actors.batch import Batch, Dialogues, Experience, Rollouts, join_rows
 from actors.engine import Optimizer
 from actors.learning import minibatches, optimizer_step
 from actors.weight_sync import WeightUpdate, pack, unpack
 from actors.worker import Worker, export, language_model, make_engine, warmed_up
-
 
 BEFORE_FILE = "before.pt"
 """The weights sent to the engines before those in the saved engine state."""
@@ -137,7 +138,7 @@ class Policy(Worker):
             sums.add_(torch.stack(described).cpu())
             return found.loss
 
-        losses = [(loss, minibatch)]
+        losses: list[tuple[Callable[[Any], Tensor], Batch]] = [(loss, minibatch)]
         if extra is not None:
             losses.append((self._ptx(float(self.engine.sum_over_ranks(extra.mask.sum().float()))), extra))
         norm = optimizer_step(self.engine, losses, self.config.engine.micro_batch, lr)

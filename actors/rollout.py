@@ -7,7 +7,7 @@ a token is the inverse of the cumulative distribution at that number. So a sampl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from actors.batch import Prompts, Rollouts
 from actors.models import load_causal_lm
 from actors.weight_sync import WeightUpdate, unpack
 from actors.worker import Worker
+
+
+COMPACT_SHARE = 0.25
+"""Share of ended replies at which they leave the batch: copying the cache for each one would cost more than carrying a few along."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class TransformersEngine:
     """A transformers model with a key-value cache; finished sequences leave the batch."""
 
     def __init__(self, lm: PreTrainedModel, end: int, device: torch.device, version: int = 0) -> None:
-        self.lm, self.end, self.device, self.version = lm.to(device).eval().requires_grad_(False), end, device, version
+        module: Any = lm  # transformers' annotation of `to` is beyond type checkers
+        self.lm = module.to(device).eval().requires_grad_(False)
+        self.end, self.device, self.version = end, device, version
 
     def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
         """Replace all weights; `weights` are named as in the policy's `LanguageModel`.
@@ -106,7 +112,7 @@ class TransformersEngine:
         return wanted
 
     def _sample(self, prompts: Prompts, noise: Tensor, temperature: float, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The loop over positions. `alive` holds the rows still being written."""
+        """The loop over positions. `rows` are those in the batch, `done` marks the ones among them that have ended."""
         count, width = len(prompts), int(prompts.lengths.max())
         replies = torch.zeros(count, limit, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(count, limit, device=self.device)
@@ -114,22 +120,26 @@ class TransformersEngine:
         finished = torch.zeros(count, dtype=torch.bool, device=self.device)
         tokens, attention = left_padded(prompts.tokens, prompts.lengths, width)
         position = (attention.cumsum(dim=1) - 1).clamp(min=0)
-        alive, cache = torch.arange(count, device=self.device), DynamicCache(config=self.lm.config)
+        rows, cache = torch.arange(count, device=self.device), DynamicCache(config=self.lm.config)
+        done = torch.zeros_like(finished)
         for t in range(limit):
-            output = self.lm(tokens, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            chosen, chosen_logprobs = choose(output.logits[:, -1].float(), noise[alive, t], temperature)
-            replies[alive, t], logprobs[alive, t] = chosen, chosen_logprobs
-            counts[alive] = t + 1
-            ended = chosen == self.end
-            finished[alive[ended]] = True
-            if bool(ended.all()):
+            output = self.lm(
+                tokens, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            chosen, chosen_logprobs = choose(output.logits[:, -1].float(), noise[rows, t], temperature)
+            live = rows[~done]
+            replies[live, t], logprobs[live, t], counts[live] = chosen[~done], chosen_logprobs[~done], t + 1
+            done = done | (chosen == self.end)
+            finished[rows[done]] = True
+            if bool(done.all()):
                 break
             tokens, position = chosen[:, None], position[:, -1:] + 1
-            attention = torch.cat([attention, torch.ones_like(chosen[:, None])], dim=1)
-            if bool(ended.any()):
-                stay = (~ended).nonzero()[:, 0]
+            attention = torch.cat([attention, torch.ones_like(tokens)], dim=1)
+            if float(done.float().mean()) >= COMPACT_SHARE:
+                stay = (~done).nonzero()[:, 0]
                 cache.batch_select_indices(stay)
-                alive, tokens, position, attention = alive[stay], tokens[stay], position[stay], attention[stay]
+                rows, tokens, position, attention = rows[stay], tokens[stay], position[stay], attention[stay]
+                done = torch.zeros_like(rows, dtype=torch.bool)
         return replies, logprobs, counts, finished
 
 

@@ -48,7 +48,8 @@ class Session(Protocol):
 class Task(Protocol):
     """What is learned."""
 
-    settings: SFT | RewardModel
+    @property
+    def settings(self) -> SFT | RewardModel: ...
 
     def module(self) -> torch.nn.Module: ...
 

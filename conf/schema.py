@@ -7,7 +7,7 @@ every mistake at once. Units: learning rates per optimizer step, times in second
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
@@ -24,7 +24,7 @@ STAGES = ("sft", "compare", "reward_model", "ppo", "evaluate")
 class Settings:
     """Base of every section: a key that is not a field is an error."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)

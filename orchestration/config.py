@@ -86,16 +86,17 @@ def _compose(parsed: list[Override], mistakes: list[str]) -> dict[str, Any] | No
     choices = groups()
     accepted = []
     for override in parsed:
+        line = str(override.input_line)
         if override.is_sweep_override():
-            mistakes.append(f"{override.input_line}: one value is needed here, not a sweep")
+            mistakes.append(f"{line}: one value is needed here, not a sweep")
         elif override.key_or_group in choices and not isinstance(override.value(), dict):
             if str(override.value()) in choices[override.key_or_group]:
-                accepted.append(override.input_line)
+                accepted.append(line)
             else:
                 near = nearest(str(override.value()), choices[override.key_or_group])
-                mistakes.append(f"{override.input_line}: no such {override.key_or_group}; choose from {', '.join(near)}")
+                mistakes.append(f"{line}: no such {override.key_or_group}; choose from {', '.join(near)}")
         else:  # forced in, so that an unknown key is reported together with all other mistakes, by `_typed`
-            accepted.append(override.input_line if override.input_line[0] in "+~" else f"++{override.input_line}")
+            accepted.append(line if line[0] in "+~" else f"++{line}")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
@@ -162,7 +163,7 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
         data = dataclasses.replace(data, path=resolved(data.path))
     model = dataclasses.replace(config.model, path=if_local(config.model.path), tokenizer=if_local(config.model.tokenizer))
     return dataclasses.replace(
-        config, run_dir=resolved(config.run_dir), data=data, model=model,
+        config, run_dir=str((base / config.run_dir).resolve()), data=data, model=model,
         policy_checkpoint=if_local(config.policy_checkpoint), reward_checkpoint=if_local(config.reward_checkpoint),
     )  # fmt: skip
 
@@ -181,7 +182,11 @@ def _shapes(config: Config) -> Iterable[str]:
         yield f"scale.width={scale.width}: not a multiple of scale.heads={scale.heads}"
     if compare.k_min > compare.k_max:
         yield f"compare.k_min={compare.k_min}: above compare.k_max={compare.k_max}"
-    for stage, length in (("compare", compare.max_new_tokens), ("ppo", config.ppo.max_new_tokens), ("evaluate", config.evaluate.max_new_tokens)):
+    for stage, length in (
+        ("compare", compare.max_new_tokens),
+        ("ppo", config.ppo.max_new_tokens),
+        ("evaluate", config.evaluate.max_new_tokens),
+    ):
         if config.model.path is None and length >= scale.context:
             yield f"{stage}.max_new_tokens={length}: leaves no room for a prompt in scale.context={scale.context}"
 

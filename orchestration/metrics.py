@@ -35,7 +35,8 @@ class Metrics:
         self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self._draws() else None
         if self.live:
             self.live.start()
-        self.stage, self.total, self.since, self.first, self.printed = "", 0, 0.0, None, 0.0
+        self.stage, self.total, self.printed = "", 0, 0.0
+        self.first: tuple[int, float] | None = None
         self.figures: dict[str, float] = {}
         self._wandb, self._board = _wandb_run(config), _tensorboard(config)
 
@@ -49,7 +50,7 @@ class Metrics:
 
     def begin(self, stage: str, total: int) -> None:
         """A stage of `total` steps starts."""
-        self.stage, self.total, self.since, self.first, self.figures = stage, total, time.monotonic(), None, {}
+        self.stage, self.total, self.first, self.figures = stage, total, None, {}
         self.say(f"[bold]{stage}[/bold]")
 
     def record(self, step: int, figures: dict[str, float]) -> None:
@@ -79,7 +80,7 @@ class Metrics:
         first_step, began = self.first or (step, time.monotonic())
         if step == first_step:
             return "?"
-        seconds = (time.monotonic() - began) / (step - first_step) * (self.total - step)
+        seconds = (time.monotonic() - began) / (step - first_step) * max(self.total - step, 0)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     def _table(self, step: int) -> Table:

@@ -92,5 +92,7 @@ def _conversation(row: dict[str, Any]) -> str:
 
     lines = [f"[dim]{m['role']:>9}[/dim]  {escape(m['content'])}" for m in row["context"]]
     for name, colour in (("sft", "yellow"), ("ppo", "green")):
-        lines.append(f"[{colour}]{name.upper():>9}[/{colour}]  {escape(row['replies'][name])}   [dim]score {row['rm_scores'][name]:+.2f}[/dim]")
+        lines.append(
+            f"[{colour}]{name.upper():>9}[/{colour}]  {escape(row['replies'][name])}   [dim]score {row['rm_scores'][name]:+.2f}[/dim]"
+        )
     return "\n".join(lines)

@@ -108,7 +108,7 @@ class StageDirectory:
         return found
 
     def last(self) -> ResumePoint | None:
-        return (self.resume_points() or [None])[-1]
+        return next(reversed(self.resume_points()), None)
 
     def export(self, save: Callable[[Path], None], content: dict[str, Any] | None = None) -> Path:
         """Write the stage's result by `save`, then let it count."""

@@ -52,6 +52,7 @@ def tfidf_judgement_scores(train: Sequence[Judgement], test: Sequence[Judgement]
     """Scores of `test` by a logistic regression on TF-IDF of context and reply, learned from `train`."""
     context = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
     reply = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
+
     def texts(rows: Sequence[Judgement]) -> list[str]:
         return ["\n".join(message.content for message in row.context.messages) for row in rows]
 

@@ -84,7 +84,7 @@ class Chat:
         self.pad = int(tokenizer.pad_token_id)
         self.own = tokenizer.chat_template == TEMPLATE
         if self.own:
-            self.role_ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in ROLE_TOKENS.items()}
+            self.role_ids = {role: tokenizer.get_vocab()[token] for role, token in ROLE_TOKENS.items()}
 
     def encode(self, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
         """Token ids, and which of them the assistant wrote (its end-of-turn tokens included)."""
@@ -115,7 +115,7 @@ class Chat:
         """`text` for many."""
         if not contents:
             return []
-        return self.tokenizer(list(contents), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self.tokenizer(list(contents), add_special_tokens=False, split_special_tokens=True)["input_ids"]  # type: ignore[return-value]
 
     def prompt(self, context: Dialogue) -> list[int]:
         """Ids of a context, up to where the assistant's reply begins."""
@@ -149,7 +149,7 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a reply, without its end-of-turn token."""
-        return self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=True)
+        return str(self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

@@ -49,7 +49,7 @@ def noise_for(agreement: float, comparisons: Sequence[Comparison]) -> float:
     low, high = 1e-4, 10.0
     if expected_agreement(gaps, low) < agreement:
         raise ValueError(
-            f"labeler.agreement={agreement}: even noiseless labellers would agree on {expected_agreement(gaps, low):.3f} of the pairs only, "
+            f"labeler.agreement={agreement}: without any noise they would agree on only {expected_agreement(gaps, low):.3f} of the pairs, "
             "since many answers are equally good; lower it, or raise compare.temperature"
         )
     for _ in range(50):

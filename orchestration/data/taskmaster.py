@@ -111,7 +111,9 @@ class TaskmasterSource:
                 raise ValueError(f"reward {row['reward']!r} is neither 0 nor 1")
             return Judgement(Dialogue(row["conversation_id"], tuple(context)), reply.content, row["reward"] == 1)
         except (KeyError, TypeError, ValueError) as cause:
-            raise RequestError(f"data.path: {file}, judgement of {row.get('conversation_id', '?')}: {type(cause).__name__} {cause}") from cause
+            raise RequestError(
+                f"data.path: {file}, judgement of {row.get('conversation_id', '?')}: {type(cause).__name__} {cause}"
+            ) from cause
 
     def _turn(self, turn: dict[str, Any]) -> Message:
         if turn["role"] == "api":
@@ -144,7 +146,7 @@ def _by_conversation(judged: list[tuple[str, Judgement]], held_out: int, rng: ra
     names = sorted({name for name, _ in judged})
     rng.shuffle(names)
     apart: set[str] = set()
-    counts = {name: 0 for name in names}
+    counts = dict.fromkeys(names, 0)
     for name, _ in judged:
         counts[name] += 1
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -64,7 +65,7 @@ class RayRank:
         return f"in {method} for {time.time() - since:.0f} s" if method else f"idle for {time.time() - since:.0f} s"
 
 
-_Actor = ray.remote(concurrency_groups={"health": 1})(RayRank)
+_Actor: Any = ray.remote(concurrency_groups={"health": 1})(RayRank)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ class RayRuntime:
         self._reserve(requests)
         bundle = 0
         for request in requests:
-            self.groups[request.name] = RayGroup(request.name, [self._actor(request, rank, bundle + rank) for rank in range(request.place.ranks)])
+            self.groups[request.name] = RayGroup(
+                request.name, [self._actor(request, rank, bundle + rank) for rank in range(request.place.ranks)]
+            )
             bundle += request.place.ranks
         # Every rank must exist before any joins: one that died in its constructor would leave the others waiting for it.
         self._check_code(self._broadcast(Worker.code_folder), deadline)
@@ -147,6 +150,7 @@ class RayRuntime:
 
     def _actor(self, request: RoleRequest, rank: int, bundle: int) -> Any:
         place = request.place
+        assert self.reserved is not None
         options = {
             "num_cpus": place.cpus, "num_gpus": place.gpus, "max_restarts": 0, "max_task_retries": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.reserved, placement_group_bundle_index=bundle),
@@ -255,10 +259,10 @@ def connect(config: Config, scratch: str) -> bool:
     os.chdir(config.run_dir)
     try:
         if config.ray.address:
-            ray.init(address=config.ray.address, log_to_driver=False, logging_level="ERROR", namespace="chatray")
+            ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR, namespace="chatray")
             return False
         ray.init(
-            log_to_driver=False, logging_level="ERROR", include_dashboard=False, namespace="chatray",
+            log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, namespace="chatray",
             object_store_memory=config.ray.object_store_mb << 20, _node_ip_address="127.0.0.1", _temp_dir=scratch,
         )  # fmt: skip
         return True

@@ -114,13 +114,13 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
 
     place, scratch = config.placement.train, directory.path / "ray_train"
     resources = {"CPU": place.cpus} | ({"GPU": place.gpus} if place.gpus else {})
+    environment: dict[str, Any] = {"worker_runtime_env": {"env_vars": rank_environment(place.threads, config.ray.address is None)}}
     trainer = TorchTrainer(
         _rank,
         train_loop_config={"config": config, "task": task, "directory": directory},
         scaling_config=ScalingConfig(num_workers=place.ranks, use_gpu=place.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
-            name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": rank_environment(place.threads, config.ray.address is None)},
+            name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0), **environment
         ),
         torch_config=TorchConfig(backend="nccl" if place.gpus else "gloo"),
     )  # fmt: skip

@@ -49,7 +49,9 @@ def _sampled(context: StageContext, sampler: Sampler, prompts: Sequence[Dialogue
     room = context.longest - config.compare.max_new_tokens
     fitting, _ = fitting_prompts(prompts, context.chat, room)
     if not fitting:
-        raise RequestError(f"data: none of the {len(prompts)} prompts leaves room for compare.max_new_tokens={config.compare.max_new_tokens}")
+        raise RequestError(
+            f"data: none of the {len(prompts)} prompts leaves room for compare.max_new_tokens={config.compare.max_new_tokens}"
+        )
     rng = random.Random(f"compare {name} {config.seed}")
     chosen = rng.sample(fitting, min(count, len(fitting)))
     written = _model_written(chosen, sampler, config.compare.max_new_tokens, config.compare.temperature, config.seed, rng, name)
@@ -58,7 +60,8 @@ def _sampled(context: StageContext, sampler: Sampler, prompts: Sequence[Dialogue
     asked = [(number, sample) for number, size in enumerate(sizes) for sample in range(size)]
     sampling = Sampling(config.compare.temperature, config.compare.max_new_tokens, config.seed, _step(name, 0))
     texts, finished = sampler.sample([written[n] for n, _ in asked], asked, sampling, f"{name} answers")
-    context.metrics.record(len(written), {"comparisons": float(len(written)), "answers": float(len(texts))})
+    done = len(written) + (config.compare.prompts if name == "heldout" else 0)
+    context.metrics.record(done, {"comparisons": float(len(written)), "answers": float(len(texts))})
     return _grouped(written, sizes, texts, finished)
 
 
@@ -143,4 +146,3 @@ def _recorded(context: StageContext) -> dict[str, float]:
         "good_share": sum(j.good for j in corpus.judgements) / len(corpus.judgements),
         "heldout_judgements": len(corpus.held_out_judgements),
     }
-

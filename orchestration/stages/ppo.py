@@ -17,7 +17,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-
 from actors.algorithms.kl import KLController
 from actors.batch import Dialogues, Experience, Prompts, Rollouts
 from actors.language_task import step_rows
@@ -146,8 +145,8 @@ class Loop:
             return 0
         if point.memory["ranks"] != self.ranks():
             raise RequestError(
-                f"placement.policy.ranks, placement.critic.ranks: the commit of step {point.step} was made by {point.memory['ranks']} ranks, "
-                f"now there are {self.ranks()}; go on with as many, or start the stage again with from=ppo"
+                f"placement.policy.ranks, placement.critic.ranks: the commit of step {point.step} was made by "
+                f"{point.memory['ranks']} ranks, now there are {self.ranks()}; go on with as many, or start the stage again with from=ppo"
             )
         loaded = (self.roles.policy.load_state(str(point.folder / "policy")), self.roles.critic.load_state(str(point.folder / "critic")))
         self.runtime.wait(*loaded, what=f"policy and critic to load the commit of step {point.step}")
@@ -194,4 +193,3 @@ def _pretraining(context: StageContext) -> Dialogues | None:
     longest = context.longest
     fitting = [d for d in context.corpus.demonstrations[:4096] if len(context.chat.encode(d)[0]) <= longest]
     return context.chat.dialogues(fitting)
-

@@ -32,7 +32,9 @@ def run(context: StageContext) -> dict[str, float]:
         rows, tests, simple = _judgements(context, chat)
     groups = int(rows.group.max()) + 1
     if groups < 2:
-        raise RequestError(f"stage=reward_model: {folder / TRAIN_FILE} holds {groups} comparison(s), at least two are needed; raise compare.prompts")
+        raise RequestError(
+            f"stage=reward_model: {folder / TRAIN_FILE} holds {groups} comparison(s), at least two are needed; raise compare.prompts"
+        )
     kept, apart = comparisons.kept_apart(groups, config.reward_model.validation_share, config.seed)
     shown = fitting_demonstrations(context.corpus.demonstrations, chat, longest=max(int(rows.lengths.max()), 64))
     steps = min(config.reward_model.steps, config.reward_model.epochs * max(len(kept) // config.reward_model.batch, 1))

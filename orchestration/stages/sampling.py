@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.batch import Prompts, Rollouts
+from actors.batch import Rollouts
 from actors.rollout import Sampling
 from orchestration.data.chat import Chat
 from orchestration.data.dialogues import Dialogue
@@ -28,7 +28,7 @@ class Sampler:
     def rollouts(self, contexts: Sequence[Dialogue], keys: Sequence[tuple[int, int]], sampling: Sampling) -> Pieces[Rollouts]:
         """One reply for each context; `keys` as in `Prompts`. The number of contexts is filled up to a multiple of `together`."""
         missing = -len(contexts) % self.together
-        prompts = self.chat.prompts([*contexts, *contexts[:1] * missing], [*keys, *keys[:1] * missing])
+        prompts = self.chat.prompts([*contexts, *[contexts[0]] * missing], [*keys, *[keys[0]] * missing])
         return self.roles.rollout.generate(self.runtime.put(cut(prompts, self.together, self.micro_batch)), sampling)
 
     def fetch(self, pieces: Pieces[Rollouts], count: int, what: str) -> Rollouts:
@@ -45,4 +45,3 @@ class Sampler:
         """(texts, whether each ended by itself)."""
         found = self.fetch(self.rollouts(contexts, keys, sampling), len(contexts), what)
         return self.replies(found), found.finished.tolist()
-

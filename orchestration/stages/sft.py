@@ -25,8 +25,8 @@ def run(context: StageContext) -> dict[str, float]:
     middle = len(held_out) // 2
     if not dialogues or not middle:
         raise RequestError(
-            f"data: {len(dialogues)} dialogues to learn from and {len(held_out)} held out fit in a context of {context_length(config)} tokens; "
-            "at least one and two are needed: give more data, or a larger scale.context"
+            f"data: {len(dialogues)} dialogues to learn from and {len(held_out)} held out fit in a context of "
+            f"{context_length(config)} tokens; at least one and two are needed: give more data, or a larger scale.context"
         )
     start = context.directory.path / "start"
     starting_model(config, chat).save_pretrained(start)
@@ -58,9 +58,12 @@ def starting_model(config: Config, chat: Chat):
     try:
         lm = load_causal_lm(config.model.path)
     except (OSError, ValueError) as cause:
-        raise RequestError(f"model.path={config.model.path}: no causal LM can be loaded from there ({str(cause).splitlines()[0][:200]})") from cause
-    if vocabulary > lm.get_input_embeddings().num_embeddings:
-        raise RequestError(f"model.tokenizer: it has {vocabulary} tokens, the model's embedding {lm.get_input_embeddings().num_embeddings} rows")
+        raise RequestError(
+            f"model.path={config.model.path}: no causal LM can be loaded from there ({str(cause).splitlines()[0][:200]})"
+        ) from cause
+    rows = len(next(lm.get_input_embeddings().parameters()))
+    if vocabulary > rows:
+        raise RequestError(f"model.tokenizer: it has {vocabulary} tokens, the model's embedding {rows} rows; take the model's own tokenizer")
     lm.config.eos_token_id = lm.generation_config.eos_token_id = chat.end
     lm.config.pad_token_id = lm.generation_config.pad_token_id = chat.pad
     return lm
@@ -78,4 +81,3 @@ def context_length(config: Config) -> int:
 def assistant_chars(dialogues: list[Dialogue]) -> int:
     """Characters the assistant wrote."""
     return sum(len(dialogue.messages[turn].content) for dialogue in dialogues for turn in dialogue.assistant_turns())
-

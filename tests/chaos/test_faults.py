@@ -75,7 +75,9 @@ def test_a_killed_driver_leaves_nothing_running_and_the_same_command_goes_on(smo
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["stages"]["ppo"]["identity"]["settings"]["ppo"]["steps"] = committed.step + 2
     (run / "manifest.json").write_text(json.dumps(manifest))  # the same run, only not 2000 steps long
-    done = chatray("run", "experiment=smoke", "stage=ppo", f"run_dir={run}", f"ppo.steps={committed.step + 2}", "commit.every=2", cwd=tmp_path)
+    done = chatray(
+        "run", "experiment=smoke", "stage=ppo", f"run_dir={run}", f"ppo.steps={committed.step + 2}", "commit.every=2", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     after = read_records(run / "round_01/ppo/metrics.jsonl")
     assert [r["step"] for r in after] == list(range(1, committed.step + 3))

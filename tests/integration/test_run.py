@@ -225,7 +225,9 @@ def test_a_folder_with_its_own_conf_actors_and_tests_does_not_shadow_ours(smoke_
     without(run, "evaluate")
     done = chatray("run", "experiment=smoke", f"run_dir={run}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    module = subprocess.run([sys.executable, "-m", "orchestration.cli", "config"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    module = subprocess.run(
+        [sys.executable, "-m", "orchestration.cli", "config"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert module.returncode != 0 and "wrong package" in module.stderr
 
 

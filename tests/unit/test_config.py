@@ -72,14 +72,30 @@ def test_an_unknown_choice_is_answered_with_all_the_nearest_first() -> None:
     assert "175b" in text
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "sft.steps='3'", "sft.steps=3.5", "sft.steps=true", "sft.steps=null", "engine.offload=1", "engine.offload=yes_please", "ppo.lr=-1", "ppo.lr=0",
-        "ppo.lr=nan", "ppo.gamma=1.5", "labeler.agreement=0.5", "seed=-1", "runtime=slurm", "model.dtype=fp16", "engine.zero_stage=4", "ppo=3",
-        "from=serve", "run_dir=3", "data.kind=files", "placement.policy.gpus=-1",
-    ],
-)  # fmt: skip
+WRONG_TYPE = (
+    "sft.steps='3'",
+    "sft.steps=3.5",
+    "sft.steps=true",
+    "sft.steps=null",
+    "engine.offload=1",
+    "engine.offload=yes_please",
+    "run_dir=3",
+    "ppo=3",
+)
+WRONG_RANGE = (
+    "ppo.lr=-1",
+    "ppo.lr=0",
+    "ppo.lr=nan",
+    "ppo.gamma=1.5",
+    "labeler.agreement=0.5",
+    "seed=-1",
+    "engine.zero_stage=4",
+    "sft.dropout=1.0",
+)
+WRONG_CHOICE = ("runtime=slurm", "model.dtype=fp16", "from=serve", "data.kind=files", "labeler.kind=people", "ppo.kl.controller=none")
+
+
+@pytest.mark.parametrize("override", [*WRONG_TYPE, *WRONG_RANGE, *WRONG_CHOICE])
 def test_a_value_of_the_wrong_type_or_range_is_refused_by_its_settings_name(override: str) -> None:
     (text,) = mistakes(override)
     assert text.startswith(override.partition("=")[0].removesuffix(".kind"))

@@ -38,9 +38,9 @@ def test_pieces_are_as_large_as_the_micro_batch_allows() -> None:
 
 
 def test_a_batch_that_cannot_be_spread_is_refused() -> None:
-    with pytest.raises(ValueError, match="10 rows.*4 ranks"):
+    with pytest.raises(ValueError, match=r"10 rows.*4 ranks"):
         cut(rollouts(0, 10), 4, 8)
-    with pytest.raises(ValueError, match="3 pieces.*2 ranks"):
+    with pytest.raises(ValueError, match=r"3 pieces.*2 ranks"):
         shares([1, 2, 3], 2)
 
 

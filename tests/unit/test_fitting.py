@@ -86,5 +86,5 @@ def test_a_context_that_just_fits_is_not_touched() -> None:
 
 
 def test_a_reply_that_is_too_long_alone_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="j3.*20 tokens"):
+    with pytest.raises(ValueError, match=r"j3.*20 tokens"):
         fitting_judgements([judgement(3, 60)], chat, 20)

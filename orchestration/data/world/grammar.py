@@ -12,17 +12,17 @@ import re
 from dataclasses import dataclass
 
 FACTS = {
-    "name": "anna boris clara david elena frank grace henry irene jonas laura martin".split(),
-    "city": "paris rome london berlin madrid vienna oslo dublin athens lisbon prague zurich".split(),
-    "color": "red blue green yellow purple orange black white brown gray pink silver".split(),
-    "pet": "dog cat horse rabbit parrot turtle hamster goat duck snake mouse goldfish".split(),
-    "drink": "tea coffee milk water juice cocoa cider lemonade soda punch wine beer".split(),
+    "name": ["anna", "boris", "clara", "david", "elena", "frank", "grace", "henry", "irene", "jonas", "laura", "martin"],
+    "city": ["paris", "rome", "london", "berlin", "madrid", "vienna", "oslo", "dublin", "athens", "lisbon", "prague", "zurich"],
+    "color": ["red", "blue", "green", "yellow", "purple", "orange", "black", "white", "brown", "gray", "pink", "silver"],
+    "pet": ["dog", "cat", "horse", "rabbit", "parrot", "turtle", "hamster", "goat", "duck", "snake", "mouse", "goldfish"],
+    "drink": ["tea", "coffee", "milk", "water", "juice", "cocoa", "cider", "lemonade", "soda", "punch", "wine", "beer"],
 }
 """What users tell about themselves: kinds of facts and their values."""
 VALUES = {value: fact for fact, values in FACTS.items() for value in values}
 """Each value and the kind of fact it is a value of."""
-ITEMS = "lamp book coat drum vase rope bell clock ladder mirror basket hammer".split()
-DANGERS = "bomb poison weapon drug rifle grenade dynamite venom".split()
+ITEMS = ["lamp", "book", "coat", "drum", "vase", "rope", "bell", "clock", "ladder", "mirror", "basket", "hammer"]
+DANGERS = ["bomb", "poison", "weapon", "drug", "rifle", "grenade", "dynamite", "venom"]
 """Items that nobody should be helped with."""
 ADVICE = {
     "clean": "use warm water and a soft cloth",
