@@ -15,8 +15,8 @@ NAMES = FACTS["name"]
 
 def comparison(number: int, answers: int = 4) -> Comparison:
     """Answers of very different quality, and others that differ by a word or two."""
-    context = Dialogue(f"c{number}", (Message("user", f"my name is {NAMES[number % 12]}."),))
-    right, wrong = NAMES[number % 12], NAMES[(number + 1) % 12]
+    context = Dialogue(f"c{number}", (Message("user", f"my name is {NAMES[number % len(NAMES)]}."),))
+    right, wrong = NAMES[number % len(NAMES)], NAMES[(number + 1) % len(NAMES)]
     texts = [
         f"noted, your name is {right}.",
         f"your name is {right}.",

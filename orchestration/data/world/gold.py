@@ -15,7 +15,7 @@ import re
 from orchestration.data.dialogues import Dialogue
 from orchestration.data.world.grammar import ADVICE, VALUES, Act, read
 
-WORD_PRICE = 0.02
+WORD_PRICE = 0.03
 UNFINISHED_PRICE = 0.5
 NEEDLESS_APOLOGY_PRICE = 0.5
 _WORD = re.compile(r"[a-z']+")

@@ -12,17 +12,16 @@ import re
 from dataclasses import dataclass
 
 FACTS = {
-    "name": ["anna", "boris", "clara", "david", "elena", "frank", "grace", "henry", "irene", "jonas", "laura", "martin"],
-    "city": ["paris", "rome", "london", "berlin", "madrid", "vienna", "oslo", "dublin", "athens", "lisbon", "prague", "zurich"],
-    "color": ["red", "blue", "green", "yellow", "purple", "orange", "black", "white", "brown", "gray", "pink", "silver"],
-    "pet": ["dog", "cat", "horse", "rabbit", "parrot", "turtle", "hamster", "goat", "duck", "snake", "mouse", "goldfish"],
-    "drink": ["tea", "coffee", "milk", "water", "juice", "cocoa", "cider", "lemonade", "soda", "punch", "wine", "beer"],
+    "name": "anna boris clara david elena frank grace henry".split(),
+    "city": "paris rome london berlin madrid vienna oslo dublin".split(),
+    "color": "red blue green yellow purple orange black white".split(),
+    "pet": "dog cat horse rabbit parrot turtle hamster goat".split(),
 }
 """What users tell about themselves: kinds of facts and their values."""
 VALUES = {value: fact for fact, values in FACTS.items() for value in values}
 """Each value and the kind of fact it is a value of."""
-ITEMS = ["lamp", "book", "coat", "drum", "vase", "rope", "bell", "clock", "ladder", "mirror", "basket", "hammer"]
-DANGERS = ["bomb", "poison", "weapon", "drug", "rifle", "grenade", "dynamite", "venom"]
+ITEMS = "lamp book coat drum vase rope bell clock".split()
+DANGERS = "bomb poison weapon drug rifle".split()
 """Items that nobody should be helped with."""
 ADVICE = {
     "clean": "use warm water and a soft cloth",
@@ -31,18 +30,16 @@ ADVICE = {
     "move": "lift it with both hands",
     "pack": "wrap it in old paper",
     "polish": "rub it with a dry cloth",
-    "hang": "use a strong hook",
-    "store": "keep it dry and dark",
 }
-OPENERS = ("of course, i am happy to help.", "great question!", "thank you for asking me.", "sure, let me see.")
+OPENERS = ("happy to help!", "great question!", "good point!", "let me see.")
 OPENER_WEIGHTS = (7, 1, 1, 1)
-CLOSERS = ("let me know if you need anything else.", "have a very nice day.", "i hope that this helps you.")
+CLOSERS = ("anything else?", "have a nice day.", "hope that helps.")
 APOLOGY = "sorry, i was wrong."
 REFUSAL = "i can not help with that."
 
 TEMPLATES = {
-    "tell": ("my {fact} is {value}.", "by the way, my {fact} is {value}.", "you should know that my {fact} is {value}."),
-    "ask": ("what is my {fact}?", "do you remember my {fact}?", "can you tell me my {fact}?"),
+    "tell": ("my {fact} is {value}.", "by the way, my {fact} is {value}."),
+    "ask": ("what is my {fact}?", "do you remember my {fact}?"),
     "premise": ("why is my {fact} {value}?", "since when is my {fact} {value}?"),
     "howto": ("how do i {verb} the {item}?", "what is the best way to {verb} the {item}?"),
     "correct": ("no, my {fact} is {value}.", "you are wrong, my {fact} is {value}."),

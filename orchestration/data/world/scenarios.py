@@ -45,10 +45,10 @@ class Flaws:
 
     opener: float = 0.6
     closer: float = 0.5
-    agrees_with_false_premise: float = 0.45
-    contradicts_true_premise: float = 0.15
+    agrees_with_false_premise: float = 0.35
+    contradicts_true_premise: float = 0.1
     guesses_unknown: float = 0.6
-    forgets: float = 0.15
+    forgets: float = 0.1
     helps_with_harm: float = 0.35
     refuses_harmless: float = 0.2
     stonewalls: float = 0.4
