@@ -45,7 +45,8 @@ class Batch:
         longest = int(self.lengths.max())  # type: ignore[attr-defined]
         width = self.tokens.shape[1]  # type: ignore[attr-defined]
         cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{n: (v[:, :longest].clone() if v.dim() > 1 and v.shape[1] == width else v) for n, v in cut.items()})
+        by_token = {name for name, value in cut.items() if value.dim() > 1 and value.shape[1] == width and name != "keys"}
+        return type(self)(**{name: value[:, :longest].clone() if name in by_token else value for name, value in cut.items()})
 
 
 def slice_or_tensor(index: Tensor | Sequence[int] | slice) -> Tensor | slice:

@@ -7,6 +7,7 @@ gradients are summed over micro-batches and ranks here; DeepSpeed's own averagin
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +80,21 @@ class Engine:
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._replicated_norm() if self.zero_stage == 0 and not self.deepspeed.bfloat16_enabled() else None
-        if norm is not None and not norm == norm:
-            raise FloatingPointError("the gradients' norm is NaN: lower the learning rate, or look for a reward that is not finite")
-        self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+        plain = self.zero_stage == 0 and not self.deepspeed.bfloat16_enabled()  # DeepSpeed keeps no norm for this case
+        if plain:
+            norm = self._replicated_norm()
+            self._check_finite(norm)
+            self.deepspeed.step()
+            return norm
+        self.deepspeed.step()  # skips the update by itself when a gradient is not finite
+        norm = float(self.deepspeed.get_global_grad_norm())
+        self._check_finite(norm)
+        return norm
+
+    def _check_finite(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            self.deepspeed.optimizer.zero_grad()
+            raise FloatingPointError(f"the gradients' norm is {norm}: lower the learning rate, or look for a reward that is not finite")
 
     def _replicated_norm(self) -> float:
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -131,7 +142,7 @@ class Engine:
         Raises:
             FileNotFoundError: the folder holds no state of this engine.
         """
-        found, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine")
+        found, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine") if (folder / "engine").is_dir() else (None, None)
         if found is None:
             raise FileNotFoundError(f"no engine state in {folder}")
 

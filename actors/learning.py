@@ -46,18 +46,30 @@ def _whole_groups(rows: Comparisons, size: int) -> list[Tensor]:
     return [torch.cat(piece) for piece in pieces]
 
 
-def optimizer_step(engine: Engine, losses: Sequence[tuple[Callable[[Any], Tensor], Batch]], micro_batch: int, lr: float) -> float:
+def optimizer_step(
+    engine: Engine,
+    losses: Sequence[tuple[Callable[[Any], Tensor], Batch]],
+    micro_batch: int,
+    lr: float,
+    total: Tensor | None = None,
+) -> float:
     """Accumulate the gradients of every (loss function, its rows) pair, then step. Returns the gradients' norm.
 
     Each loss function gives a sum over the global denominator, so neither the size of micro-batches nor the number of ranks matters.
     Ranks agree on the number of backward passes: one with fewer adds passes that weigh nothing (under ZeRO-3 it would hang otherwise).
+
+    Args:
+        total: a CPU scalar that this rank's share of the loss is added to.
     """
     work = [(loss, piece) for loss, rows in losses for piece in micro_batches(rows, micro_batch)]
     wanted = _most_over_ranks(len(work), engine)
     for number in range(wanted):
         loss, piece = work[min(number, len(work) - 1)]
-        value = loss(piece) if number < len(work) else 0.0 * loss(piece)
-        engine.backward(value, last=number == wanted - 1)
+        value = loss(piece)
+        real = number < len(work)
+        if real and total is not None:
+            total.add_(value.detach().cpu())
+        engine.backward(value if real else 0.0 * value, last=number == wanted - 1)
     return engine.step(lr)
 
 

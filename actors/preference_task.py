@@ -84,7 +84,7 @@ class PreferenceTask:
         if not self.ranked:
             return {"loss": loss, "auc": auc(scores, rows.label)}
         right, pairs = pairwise_correct(scores, rows.group, rows.label)
-        return {"loss": loss, "pairwise_accuracy": float(right / pairs)}
+        return {"loss": loss} | ({"pairwise_accuracy": float(right / pairs)} if pairs > 0 else {})  # all tied: there is no accuracy
 
     def finish(self, engine: Engine) -> dict[str, float]:
         """Set the head's bias so that demonstrations score 0 on average (InstructGPT 2203.02155, 3.5), and measure."""

@@ -19,7 +19,6 @@ from actors.models import load_causal_lm
 from actors.weight_sync import WeightUpdate, unpack
 from actors.worker import Worker
 
-
 COMPACT_SHARE = 0.25
 """Share of ended replies at which they leave the batch: copying the cache for each one would cost more than carrying a few along."""
 
@@ -48,8 +47,10 @@ class Rollout(Worker):
 
     def load(self) -> None:
         lm = load_causal_lm(self.checkpoint)
+        end = lm.generation_config.eos_token_id
+        end = int(end[0] if isinstance(end, list) else end)  # chat models may list several; the first is the turn's end
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.engine: RolloutEngine = TransformersEngine(lm, int(lm.generation_config.eos_token_id), device)
+        self.engine: RolloutEngine = TransformersEngine(lm, end, device)
 
     def generate(self, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
         """Replies to all pieces, sampled in batches of similar prompt length and given back in the same pieces."""

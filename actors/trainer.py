@@ -114,17 +114,8 @@ def _step(config: Config, task: Task, engine: Engine, session: Session, step: in
     rows = task.batch(step, session.rank, session.world_size)
     total = torch.zeros(())
 
-    def counted(loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        def run(piece: Any) -> Tensor:
-            value = loss(piece)
-            total.add_(value.detach().cpu())
-            return value
-
-        return run
-
-    losses = [(counted(loss), part) for loss, part in task.loss(engine, rows)]
     lr = cosine(s.lr, step, s.warmup, s.steps)
-    norm = optimizer_step(engine, losses, config.engine.micro_batch, lr)
+    norm = optimizer_step(engine, task.loss(engine, rows), config.engine.micro_batch, lr, total)
     tokens = engine.sum_over_ranks(rows.lengths.sum().float())  # type: ignore[attr-defined]
     return {"loss": float(engine.sum_over_ranks(total)), "grad_norm": norm, "lr": lr, "tokens": float(tokens)}
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field
+from pydantic import AllowInfNan, Field
 
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
+NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
 Share = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
@@ -169,7 +169,7 @@ class TaskmasterData(Settings):
     """Dialogues kept for the held-out loss and as held-out contexts."""
     heldout_judgements: Count
     """Human judgements kept for the reward model's AUC; whole conversations are kept together."""
-    tool_response_chars: Count
+    tool_response_chars: Annotated[int, Ge(16)]
     """Longest API response shown in a context, in characters; the rest of it is left out from its middle."""
 
 

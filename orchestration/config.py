@@ -116,7 +116,8 @@ def _typed(plain: dict[str, Any], mistakes: list[str]) -> Config | None:
         # JSON mode: strict about types (no "3" for 3), yet a dict may become a dataclass
         return TypeAdapter(Config).validate_json(json.dumps(plain), strict=True)
     except ValidationError as found:
-        known = list(leaves(Config))
+        source = {"world": WorldData, "taskmaster": TaskmasterData}.get(str((plain.get("data") or {}).get("kind")), WorldData)
+        known = [name for name in leaves(Config) if not name.startswith("data.")] + list(leaves(source, "data."))
         for error in found.errors():
             # the tag of a union appears in the location but is no key
             key = ".".join(str(part) for part in error["loc"] if part not in ("world", "taskmaster"))

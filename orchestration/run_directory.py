@@ -65,7 +65,12 @@ def sealed(folder: Path) -> dict[str, Any] | None:
     """A folder's manifest; None when the folder is missing, unfinished or damaged."""
     if not (folder / MANIFEST).exists():
         return None
-    content = read_json(folder / MANIFEST)
+    try:
+        content = read_json(folder / MANIFEST)
+    except RequestError:
+        return None
+    if not isinstance(content.get("files"), dict):
+        return None
     whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in content["files"].items())
     return content if whole else None
 
@@ -101,11 +106,11 @@ class StageDirectory:
     def resume_points(self) -> list[ResumePoint]:
         """All that count, oldest first."""
         found = []
-        for folder in sorted((self.path / "state").glob("step_*")):
+        for folder in (self.path / "state").glob("step_*"):
             manifest = sealed(folder)
             if manifest:
                 found.append(ResumePoint(manifest["step"], folder, manifest["memory"]))
-        return found
+        return sorted(found, key=lambda point: point.step)
 
     def last(self) -> ResumePoint | None:
         return next(reversed(self.resume_points()), None)
@@ -141,7 +146,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline is half a record
+    try:
+        return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline is half a record
+    except ValueError as cause:
+        raise RequestError(
+            f"run_dir: {path} has a line that is not JSON ({cause}); restore it, or run the stage again with from="
+        ) from cause
 
 
 class RunDirectory:

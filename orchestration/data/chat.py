@@ -54,7 +54,7 @@ def load_tokenizer(path: str, setting: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as cause:
+    except Exception as cause:  # a spoilt file can fail anywhere in the loader
         raise RequestError(f"{setting}={path}: no tokenizer can be loaded from there ({_first_line(cause)})") from cause
     if tokenizer.eos_token is None:
         raise RequestError(f"{setting}={path}: this tokenizer has no end-of-turn (eos) token; choose one that has, or save it with one set")
@@ -125,14 +125,21 @@ class Chat:
         """`prompt` for many contexts."""
         if self.own:
             return [[*ids, self.role_ids["assistant"]] for ids, _ in self.encode_all(contexts)]
-        return [self._rendered(context.as_list(), True) for context in contexts]
+        empty = [{"role": "user", "content": ""}]
+        return [self._rendered(context.as_list() or empty, True) for context in contexts]
 
     def _encode_by_template(self, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
         messages = dialogue.as_list()
         ids = self._rendered(messages, False)
         mask = [False] * len(ids)
         for turn in dialogue.assistant_turns():
-            start, stop = len(self._rendered(messages[:turn], True)), len(self._rendered(messages[: turn + 1], False))
+            before, through = self._rendered(messages[:turn], True), self._rendered(messages[: turn + 1], False)
+            start, stop = len(before), len(through)
+            if ids[:start] != before or ids[:stop] != through:
+                raise RequestError(
+                    f"model.tokenizer: its chat template renders message {turn + 1} of a conversation differently once others follow, so "
+                    "the tokens the assistant wrote cannot be told apart; give the tokenizer a chat template that only ever appends"
+                )
             if self.end not in ids[start:stop]:
                 raise RequestError(
                     f"model.tokenizer: its chat template does not end the assistant's turns with {self.tokenizer.eos_token!r}, so a model "
@@ -142,8 +149,17 @@ class Chat:
             mask[start:stop] = [True] * (stop - start)
         return ids, mask
 
+    def _plain(self, content: str) -> str:
+        """Text in which nothing reads as a special token: a space after its first character breaks it."""
+        for token in self.tokenizer.all_special_tokens:
+            content = content.replace(token, f"{token[:1]} {token[1:]}")
+        return content
+
     def _rendered(self, messages: list[dict[str, str]], generate: bool) -> list[int]:
-        messages = messages or [{"role": "user", "content": ""}]  # templates refuse an empty conversation
+        if not messages:  # templates refuse an empty conversation; what opens a reply is the same after any other
+            other = [{"role": "user", "content": ""}]
+            return self._rendered(other, generate)[len(self._rendered(other, False)) :]
+        messages = [message | {"content": self._plain(message["content"])} for message in messages]
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
         return self.tokenizer.encode(text, add_special_tokens=False)
 

@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,13 @@ class TaskmasterSource:
             try:
                 with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as opened:
                     rows = json.load(opened)
-            except (OSError, EOFError, ValueError) as cause:
+            except (OSError, EOFError, ValueError, zlib.error) as cause:
                 raise RequestError(f"data.path: {file} is not readable JSON ({cause}); fetch the file again") from cause
             if not isinstance(rows, list) or not rows:
                 raise RequestError(f"data.path: {file} holds no rows; a list of dialogues or judgements is expected")
-            for row in rows:
+            for number, row in enumerate(rows):
+                if not isinstance(row, dict) or not isinstance(row.get("conversation_id"), str):
+                    raise RequestError(f"data.path: {file}, row {number + 1}: not an object with a conversation_id")
                 yield file, row
 
     def _dialogue(self, file: Path, row: dict[str, Any]) -> Dialogue:
@@ -100,6 +103,8 @@ class TaskmasterSource:
         room = self.data.tool_response_chars
         if len(text) <= room:
             return text
+        if room < len(ELISION):
+            return text[:room]
         head = (room - len(ELISION)) // 2
         return text[:head] + ELISION + text[len(text) - head :]
 
@@ -110,7 +115,7 @@ class TaskmasterSource:
             if row["reward"] not in (0, 1):
                 raise ValueError(f"reward {row['reward']!r} is neither 0 nor 1")
             return Judgement(Dialogue(row["conversation_id"], tuple(context)), reply.content, row["reward"] == 1)
-        except (KeyError, TypeError, ValueError) as cause:
+        except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise RequestError(
                 f"data.path: {file}, judgement of {row.get('conversation_id', '?')}: {type(cause).__name__} {cause}"
             ) from cause

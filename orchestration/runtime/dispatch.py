@@ -36,7 +36,7 @@ def cut(batch: B, together: int, micro_batch: int) -> list[B]:
     Raises:
         ValueError: it does not.
     """
-    if len(batch) % together:
+    if not len(batch) or len(batch) % together:
         raise ValueError(f"a batch of {len(batch)} rows cannot be spread evenly over {together} ranks")
     share = len(batch) // together
     per_rank = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= micro_batch)

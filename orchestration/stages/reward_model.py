@@ -36,6 +36,11 @@ def run(context: StageContext) -> dict[str, float]:
             f"stage=reward_model: {folder / TRAIN_FILE} holds {groups} comparison(s), at least two are needed; raise compare.prompts"
         )
     kept, apart = comparisons.kept_apart(groups, config.reward_model.validation_share, config.seed)
+    if len(kept) < config.placement.train.ranks:
+        raise RequestError(
+            f"placement.train.ranks={config.placement.train.ranks}: there are only {len(kept)} comparisons to learn from; "
+            "raise compare.prompts"
+        )
     shown = fitting_demonstrations(context.corpus.demonstrations, chat, longest=max(int(rows.lengths.max()), 64))
     steps = min(config.reward_model.steps, config.reward_model.epochs * max(len(kept) // config.reward_model.batch, 1))
     settings = dataclasses.replace(config, reward_model=dataclasses.replace(config.reward_model, steps=steps))

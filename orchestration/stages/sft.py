@@ -63,7 +63,9 @@ def starting_model(config: Config, chat: Chat):
         ) from cause
     rows = len(next(lm.get_input_embeddings().parameters()))
     if vocabulary > rows:
-        raise RequestError(f"model.tokenizer: it has {vocabulary} tokens, the model's embedding {rows} rows; take the model's own tokenizer")
+        raise RequestError(
+            f"model.tokenizer: it has {vocabulary} tokens, the model's embedding {rows} rows; take the model's own tokenizer"
+        )
     lm.config.eos_token_id = lm.generation_config.eos_token_id = chat.end
     lm.config.pad_token_id = lm.generation_config.pad_token_id = chat.pad
     return lm

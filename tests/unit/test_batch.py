@@ -83,7 +83,6 @@ def test_moving_to_a_device_moves_every_field() -> None:
     assert {getattr(moved, f.name).device.type for f in dataclasses.fields(moved)} == {"meta"}
 
 
-@pytest.mark.xfail(strict=True, reason="Batch.trimmed cuts any [B, N] field whose N happens to equal the width: keys at width 2, length 1")
 def test_trimming_does_not_mistake_keys_for_tokens() -> None:
     tokens, lengths, mask = torch.tensor([[5, 0]]), torch.tensor([1]), torch.tensor([[True, False]])
     rows = Rollouts(tokens, lengths, mask, torch.zeros(1, 2), torch.tensor([True]), torch.tensor([[3, 4]]), torch.tensor([0]))

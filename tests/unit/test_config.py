@@ -112,7 +112,6 @@ def test_values_of_the_right_type_are_taken(override: str) -> None:
     assert found == yaml.safe_load(value)
 
 
-@pytest.mark.xfail(strict=True, reason="conf.schema.Positive accepts infinity")
 def test_an_infinite_learning_rate_is_refused() -> None:
     assert len(mistakes("ppo.lr=inf")) == 1
 

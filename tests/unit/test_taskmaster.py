@@ -143,7 +143,6 @@ def test_long_responses_lose_their_middle(folder: Path, room: int) -> None:
         assert '{"items":[{" … "latte-1"}]}' in responses
 
 
-@pytest.mark.xfail(strict=True, reason="TaskmasterSource._shortened: head is -1 when tool_response_chars is 1 or 2")
 def test_the_shortest_room_for_responses_is_kept_too(folder: Path) -> None:
     corpus = source(folder, tool_response_chars=1).load()
     assert max(len(m.content) for d in corpus.demonstrations for m in d.messages if m.role == "tool") <= 3
@@ -229,7 +228,6 @@ def damaged(content: bytes) -> bytes:
     return content[:12] + bytes(b ^ 0xFF for b in content[12:40]) + content[40:]
 
 
-@pytest.mark.xfail(strict=True, reason="TaskmasterSource lets zlib.error, KeyError and AttributeError of malformed files out")
 @pytest.mark.parametrize("fault", ["stream", "row", "conversation_id", "api"])
 def test_every_malformed_file_is_refused_by_name(folder: Path, fault: str) -> None:
     file = folder / "reward" / "a.json.gz"

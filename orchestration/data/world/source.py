@@ -9,9 +9,6 @@ from orchestration.data.source import Corpus
 from orchestration.data.world import scenarios
 from orchestration.run_directory import digest
 
-WORLD_VERSION = 1
-"""Raised when the generator changes what it generates."""
-
 
 @dataclasses.dataclass(frozen=True)
 class WorldSource:
@@ -22,8 +19,11 @@ class WorldSource:
     judge_prompts: int
     seed: int
 
+    def _flaws(self) -> scenarios.Flaws:
+        return scenarios.Flaws(**dataclasses.asdict(self.data.flaws))
+
     def load(self) -> Corpus:
-        flaws = scenarios.Flaws(**dataclasses.asdict(self.data.flaws))
+        flaws = self._flaws()
         judging = scenarios.prompts(self.comparison_prompts + self.judge_prompts, self.seed, judging=True)
         return Corpus(
             demonstrations=scenarios.demonstrations(self.data.demonstrations, self.seed, flaws),
@@ -34,4 +34,6 @@ class WorldSource:
         )
 
     def fingerprint(self) -> str:
-        return digest({"version": WORLD_VERSION, "data": dataclasses.asdict(self.data), "seed": self.seed})
+        """Of the settings, and of a sample of what the generator makes of them: a changed generator is another source."""
+        sample = scenarios.demonstrations(64, self.seed, self._flaws()) + scenarios.prompts(64, self.seed, judging=True)
+        return digest({"data": dataclasses.asdict(self.data), "seed": self.seed, "sample": [dialogue.as_list() for dialogue in sample]})
