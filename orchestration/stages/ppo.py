@@ -123,18 +123,15 @@ class Loop:
         self.context.metrics.record(step, figures)
         self.controller = self.controller.updated(figures["kl"], self.ppo.batch)
 
-    def pretraining_of(self, step: int) -> list[list[Dialogues]]:
-        """For each policy rank, one batch of dialogues per optimizer step (PPO-ptx)."""
-        ranks = self.config.placement.policy.ranks
+    def pretraining_of(self, step: int) -> list[Dialogues]:
+        """One batch of dialogues per optimizer step for each policy rank, rank by rank; none without PPO-ptx."""
         if self.pretraining is None:
-            return [[] for _ in range(ranks)]
-        found: list[list[Dialogues]] = [[] for _ in range(ranks)]
-        updates = self.ppo.epochs * self.ppo.minibatches
-        for update in range(updates):
-            index = step_rows(self.pretraining.lengths, self.ppo.ptx_batch, step * updates + update, self.config.seed)
-            for rank in range(ranks):
-                found[rank].append(self.pretraining.select(index[rank::ranks]).trimmed())
-        return found
+            return []
+        ranks, updates = self.config.placement.policy.ranks, self.ppo.epochs * self.ppo.minibatches
+        rows = [
+            step_rows(self.pretraining.lengths, self.ppo.ptx_batch, step * updates + update, self.config.seed) for update in range(updates)
+        ]
+        return [self.pretraining.select(index[rank::ranks]).trimmed() for rank in range(ranks) for index in rows]
 
     def resume(self) -> int:
         """Go on from the last commit; returns the step to run next."""

@@ -123,8 +123,9 @@ def three_steps(runtime: Runtime, started: Roles, models: Path) -> tuple[list[di
         reference = started.reference.logprobs(rollouts, 1.0)
         values = started.critic.values(rollouts)
         experience = started.policy.experience(rollouts, scores, reference, values, 0.05)
-        updates = started.policy.update(experience, runtime.put([[]]), step), started.critic.update(experience, step)
-        found.append(runtime.get(updates[0], "policy")[0] | runtime.get(updates[1], "critic")[0])
+        updates = started.policy.update(experience, runtime.put([]), step), started.critic.update(experience, step)
+        learned = runtime.get(updates[0], "policy")[0] | runtime.get(updates[1], "critic")[0]
+        found.append(learned | runtime.get(started.policy.describe(), "samples")[0])
     weights = runtime.get(started.policy.weights(STEPS), "weights")[0]
     return found, torch.from_numpy(weights.flat.copy())
 
