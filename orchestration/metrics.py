@@ -92,7 +92,7 @@ class Metrics:
         if self.live:
             self.live.stop()
         if self._wandb:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
         if self._board:
             self._board.close()
 

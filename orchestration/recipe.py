@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,11 @@ def run(config: Config) -> dict[str, Any]:
     wanted = STAGES if config.stage == "all" else (config.stage,)
     check(config, directory, shared, wanted)
     prepare(config, directory)
-    metrics = Metrics(config)
-    try:
+    with ExitStack() as ending:
+        ending.callback(shared.close)
+        metrics = Metrics(config)
+        ending.callback(metrics.close)
         ran = [name for name in wanted if _run_stage(name, config, directory, shared, metrics)]
-    finally:
-        metrics.close()
-        shared.close()
     return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop())
 
 
