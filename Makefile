@@ -10,32 +10,38 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 SEED ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install quickstart test test-full lint bench-recipe notebook clean
+.PHONY: help install install-dev quickstart test test-full lint bench-recipe notebook clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-install: $(VENV)/.installed ## Make .venv with chatray and everything it needs
+install: $(VENV)/.installed ## Make .venv with chatray and what it runs on
+
+install-dev: $(VENV)/.installed-dev ## The same, with what tests, linters and notebooks need
 
 $(VENV)/.installed: pyproject.toml constraints.txt cluster/install_torch.sh
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "chatray needs Python 3.11 or 3.12; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	BIN="$(BIN)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" bash cluster/install_torch.sh
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 quickstart: install ## Run the whole recipe on the embedded data and show the results (minutes, no GPU, no account)
 	$(BIN)/chatray run experiment=quickstart seed=$(SEED)
 
-test: install ## Lint, then the tests (under 15 minutes)
+test: install-dev ## Lint, then the tests (under 15 minutes)
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-full: install ## Every test, the long matrix too
+test-full: install-dev ## Every test, the long matrix too
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
 
-lint: install ## ruff, mypy and the rules of who may import whom
+lint: install-dev ## ruff, mypy and the rules of who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -45,7 +51,7 @@ bench-recipe: install ## The quickstart over three seeds and the Taskmaster expe
 	for seed in 0 1 2; do $(BIN)/chatray run experiment=quickstart seed=$$seed run_dir=runs/quickstart-seed$$seed || exit 1; done
 	$(BIN)/chatray run experiment=taskmaster_coffee data.path=../shared/data/taskmaster-4
 
-notebook: install ## Execute the notebooks in place (after `make quickstart`)
+notebook: install-dev ## Execute the notebooks in place (after `make quickstart`)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean: ## Delete the environment and the runs

@@ -210,7 +210,8 @@ def _ranks(config: Config) -> Iterable[str]:
     if config.runtime == "local":
         for role in ("train", *ROLES):
             if getattr(place, role).ranks > 1:
-                yield f"placement.{role}.ranks={getattr(place, role).ranks}: runtime=local runs one rank per role; set it to 1, or use runtime=ray"
+                ranks = getattr(place, role).ranks
+                yield f"placement.{role}.ranks={ranks}: runtime=local runs one rank per role; set it to 1, or use runtime=ray"
 
 
 def _files(config: Config) -> Iterable[str]:
