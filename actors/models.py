@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 
 from conf.schema import Scale
 
@@ -22,9 +22,16 @@ ROWS_PER_CHUNK = 2048
 HEAD_FILE = "scalar_head.safetensors"
 
 
-def attention() -> str:
-    """The attention kernel: on CPUs the fused one's backward pass is slower than plain matrix products at the lengths trained there."""
-    return "sdpa" if torch.cuda.is_available() else "eager"
+SHORT_CONTEXT = 256
+
+
+def attention(context: int) -> str:
+    """The attention kernel: on CPUs the fused one's backward pass is slower than plain matrix products while sequences are short."""
+    return "eager" if not torch.cuda.is_available() and context <= SHORT_CONTEXT else "sdpa"
+
+
+def _attention_of(config: PretrainedConfig) -> str:
+    return attention(int(getattr(config, "max_position_embeddings", SHORT_CONTEXT + 1)))
 
 
 def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int | None = None, pad: int | None = None):
@@ -46,9 +53,8 @@ def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int |
 def new_causal_lm(scale: Scale, vocabulary: int, seed: int, dropout: float, end: int, pad: int) -> PreTrainedModel:
     """A causal LM with random weights drawn from `seed`."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(
-        shape_config(scale, vocabulary, dropout, end, pad), dtype=torch.float32, attn_implementation=attention()
-    )
+    shape = shape_config(scale, vocabulary, dropout, end, pad)
+    return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation=attention(scale.context))
 
 
 def load_causal_lm(path: str, dropout: float = 0.0) -> PreTrainedModel:
@@ -61,7 +67,7 @@ def load_causal_lm(path: str, dropout: float = 0.0) -> PreTrainedModel:
     for name in ("dropout", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
         if hasattr(config, name):
             setattr(config, name, dropout)
-    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=attention())
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=_attention_of(config))
 
 
 class LanguageModel(nn.Module):
@@ -148,7 +154,8 @@ def load_scalar_model(path: str, seed: int) -> ScalarModel:
     """A `ScalarModel` as `save_scalar_model` left it, or, from a causal LM's folder, one with a fresh head."""
     head = Path(path) / HEAD_FILE
     if head.exists():
-        model = ScalarModel(AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation=attention()), seed)
+        kernel = _attention_of(AutoConfig.from_pretrained(path))
+        model = ScalarModel(AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation=kernel), seed)
         model.head.load_state_dict(load_file(head))
         return model
     return ScalarModel(load_causal_lm(path).base_model, seed)  # type: ignore[arg-type]

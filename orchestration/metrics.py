@@ -137,10 +137,13 @@ def _tensorboard(config: Config) -> Any:
 
 
 class PeakMemory(threading.Thread):
-    """Largest sum of resident memory of this process and all it started, Ray's own included. Shared pages count once per process,
-    so the figure is an upper bound."""
+    """Largest sum of resident memory of this process and all it started, Ray's own included.
 
-    def __init__(self, seconds: float = 1.0) -> None:
+    A page that several processes share (torch's libraries, the object store) is counted once: each process is charged its part of it
+    (PSS), where the system tells.
+    """
+
+    def __init__(self, seconds: float = 4.0) -> None:
         super().__init__(daemon=True)
         self.seconds, self.bytes, self._end = seconds, 0, threading.Event()
 
@@ -158,7 +161,14 @@ def resident_bytes() -> int:
     me, total = psutil.Process(), 0
     for process in [me, *me.children(recursive=True)]:
         try:
-            total += process.memory_info().rss
+            total += _resident(process)
         except psutil.Error:
             continue  # it ended while we were looking
     return total
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except AttributeError:  # no PSS on this system: shared pages count in every process
+        return int(process.memory_info().rss)

@@ -264,6 +264,7 @@ def connect(config: Config, scratch: str) -> bool:
         ray.init(
             log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, namespace="chatray",
             object_store_memory=config.ray.object_store_mb << 20, _node_ip_address="127.0.0.1", _temp_dir=scratch,
+            _system_config={"prestart_worker_first_driver": False},  # idle workers would only hold memory
         )  # fmt: skip
         return True
     except (ConnectionError, RuntimeError, ValueError) as cause:
