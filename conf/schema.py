@@ -25,6 +25,7 @@ class Settings:
     """Base of every section: a key that is not a field is an error."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+    """How pydantic reads a section."""
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def _ranks(config: Config) -> Iterable[str]:
         for role in ("train", *ROLES):
             if getattr(place, role).ranks > 1:
                 ranks = getattr(place, role).ranks
-                yield f"placement.{role}.ranks={ranks}: runtime=local runs one rank per role; set it to 1, or use runtime=ray"
+                yield f"placement.{role}.ranks={ranks}: runtime=local runs one rank per role; use placement=cpu, or runtime=ray"
 
 
 def _files(config: Config) -> Iterable[str]:

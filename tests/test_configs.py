@@ -48,7 +48,10 @@ def test_every_experiment_composes(experiment: str, taskmaster: str) -> None:
 @pytest.mark.parametrize(("group", "name"), GROUP_CHOICES)
 def test_every_choice_of_every_group_composes(group: str, name: str, taskmaster: str) -> None:
     experiment = "taskmaster_coffee" if name in ("taskmaster", "recorded") else "quickstart"
-    configuration.load([*overrides_for(experiment, taskmaster), f"{group}={name}"])
+    config = configuration.load([*overrides_for(experiment, taskmaster), f"{group}={name}"])
+    chosen = configuration.as_dict(config)[group] if group != "experiment" else {}
+    given = read(FOLDER / group / f"{name}.yaml") if group in ("placement", "labeler") else {}
+    assert {key: chosen[key] for key in given} == given
 
 
 @pytest.mark.parametrize("file", sorted((FOLDER / "scale").glob("*.yaml")), ids=lambda file: file.stem)
