@@ -137,10 +137,13 @@ class RayRuntime:
             {"CPU": r.place.cpus, "GPU": r.place.gpus} if r.place.gpus else {"CPU": r.place.cpus}
             for r in requests for _ in range(r.place.ranks)
         ]  # fmt: skip
-        self.reserved = placement_group(bundles, strategy="PACK")
-        if not self.reserved.wait(self.config.deadlines.start):
-            wanted = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
-            have, free = ray.cluster_resources(), ray.available_resources()
+        wanted = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
+        have = ray.cluster_resources()
+        never = self.own_cluster and any(wanted[kind] > have.get(kind, 0) for kind in wanted)  # others may still grow
+        if not never:
+            self.reserved = placement_group(bundles, strategy="PACK")
+        if self.reserved is None or not self.reserved.wait(self.config.deadlines.start):
+            free = ray.available_resources()
             self.stop()
             raise RunError(
                 f"the cluster could not reserve {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs in {len(bundles)} bundles within "
