@@ -213,7 +213,7 @@ def test_an_empty_set_is_refused(chatray: Chatray, tmp_path: Path) -> None:
     for part in ("data", "reward"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "rows.json").write_text("[]")
-    done = chatray("run", "experiment=taskmaster_coffee", "runtime=local", "data.path=.", cwd=tmp_path)
+    done = chatray("run", "experiment=taskmaster_coffee", "runtime=local", "placement=cpu", "data.path=.", cwd=tmp_path)
     assert done.returncode == 2 and "holds no rows" in done.stderr and "Traceback" not in done.stderr
 
 
