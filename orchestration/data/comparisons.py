@@ -14,6 +14,9 @@ from orchestration.data.chat import Chat
 from orchestration.data.dialogues import Dialogue, from_list
 from orchestration.data.source import Judgement
 
+TRAIN_FILE, HELD_OUT_FILE = "comparisons.jsonl", "heldout.jsonl"
+"""What the stage `compare` leaves, and `reward_model` learns from."""
+
 
 @dataclass(frozen=True)
 class Comparison:

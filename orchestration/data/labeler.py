@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from orchestration.data.comparisons import Comparison
-from orchestration.data.dialogues import Dialogue
 from orchestration.data.world.gold import grade
 
 
@@ -30,11 +29,7 @@ class SimulatedLabeler:
 
 def golds(comparison: Comparison) -> list[float]:
     """Exact grades of a comparison's answers."""
-    return [grade_of(comparison.context, *answer) for answer in zip(comparison.answers, comparison.finished, strict=True)]
-
-
-def grade_of(context: Dialogue, answer: str, finished: bool) -> float:
-    return grade(context, answer, finished)
+    return [grade(comparison.context, *answer) for answer in zip(comparison.answers, comparison.finished, strict=True)]
 
 
 def noise_for(agreement: float, comparisons: Sequence[Comparison]) -> float:

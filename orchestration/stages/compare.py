@@ -20,7 +20,6 @@ from orchestration.errors import RequestError
 from orchestration.stages.context import StageContext
 from orchestration.stages.sampling import Sampler
 
-TRAIN_FILE, HELD_OUT_FILE = "comparisons.jsonl", "heldout.jsonl"
 SAMPLING_PIECE = 64
 """Contexts per piece sent to the rollout engines."""
 SECOND_LABELER = 1_000_003
@@ -118,8 +117,8 @@ def _labelled(context: StageContext, train: list[Comparison], held_out: list[Com
     tests = [c.ranked(one.rank(c)) for c in held_out]
 
     def save(folder: Path) -> None:
-        comparisons.write(folder / TRAIN_FILE, first)
-        comparisons.write(folder / HELD_OUT_FILE, tests)
+        comparisons.write(folder / comparisons.TRAIN_FILE, first)
+        comparisons.write(folder / comparisons.HELD_OUT_FILE, tests)
 
     context.directory.export(save)
     return {
@@ -137,8 +136,8 @@ def _recorded(context: StageContext) -> dict[str, float]:
     context.metrics.begin("compare", 1)
 
     def save(folder: Path) -> None:
-        comparisons.write_judgements(folder / TRAIN_FILE, corpus.judgements)
-        comparisons.write_judgements(folder / HELD_OUT_FILE, corpus.held_out_judgements)
+        comparisons.write_judgements(folder / comparisons.TRAIN_FILE, corpus.judgements)
+        comparisons.write_judgements(folder / comparisons.HELD_OUT_FILE, corpus.held_out_judgements)
 
     context.directory.export(save)
     return {

@@ -15,7 +15,6 @@ from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
 
-TRAIN_FILE, HELD_OUT_FILE = "comparisons.jsonl", "heldout.jsonl"
 DEMONSTRATIONS = 256
 """Demonstrations whose mean score sets the reward's zero."""
 
@@ -33,7 +32,7 @@ def run(context: StageContext) -> dict[str, float]:
     groups = int(rows.group.max()) + 1
     if groups < 2:
         raise RequestError(
-            f"stage=reward_model: {folder / TRAIN_FILE} holds {groups} comparison(s), at least two are needed; raise compare.prompts"
+            f"stage=reward_model: {folder / comparisons.TRAIN_FILE} holds {groups} comparison(s), two are needed; raise compare.prompts"
         )
     kept, apart = comparisons.kept_apart(groups, config.reward_model.validation_share, config.seed)
     if len(kept) < config.placement.train.ranks:
@@ -54,7 +53,7 @@ def run(context: StageContext) -> dict[str, float]:
 
 def _rankings(context: StageContext, chat: Chat) -> tuple[Comparisons, Comparisons, dict[str, float]]:
     folder = context.input("compare")
-    train, tests = comparisons.read(folder / TRAIN_FILE), comparisons.read(folder / HELD_OUT_FILE)
+    train, tests = comparisons.read(folder / comparisons.TRAIN_FILE), comparisons.read(folder / comparisons.HELD_OUT_FILE)
     simple = {"baseline_pairwise_accuracy": baselines.tfidf_pairwise_accuracy(train, tests, context.config.seed)}
     ceiling = context.run.results().get("compare", {}).get("labeler_ceiling")
     if ceiling is not None:
@@ -64,7 +63,10 @@ def _rankings(context: StageContext, chat: Chat) -> tuple[Comparisons, Compariso
 
 def _judgements(context: StageContext, chat: Chat) -> tuple[Comparisons, Comparisons, dict[str, float]]:
     folder = context.input("compare")
-    train, tests = comparisons.read_judgements(folder / TRAIN_FILE), comparisons.read_judgements(folder / HELD_OUT_FILE)
+    train, tests = (
+        comparisons.read_judgements(folder / comparisons.TRAIN_FILE),
+        comparisons.read_judgements(folder / comparisons.HELD_OUT_FILE),
+    )
     simple = {"baseline_auc": baselines.tfidf_judgement_auc(train, tests)}  # on the whole contexts
     train, shortened = fitting_judgements(train, chat, context.longest)
     tests, shortened_tests = fitting_judgements(tests, chat, context.longest)
