@@ -16,8 +16,9 @@ from actors.learning import micro_batches
 from actors.worker import language_model
 from conf.schema import SFT, Config
 
-POOL = 16
-"""Batches drawn together and sorted by length, so that a batch holds dialogues of similar length."""
+POOL = 2
+"""Batches drawn together and sorted by length, which saves padding. Larger pools save more and learn worse: dialogues of one length are of
+one kind (Taskmaster, 200 steps: 1.03 nats per token with 2, 1.14 with 16)."""
 
 
 @dataclass(frozen=True)

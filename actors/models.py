@@ -34,6 +34,14 @@ def _attention_of(config: PretrainedConfig) -> str:
     return attention(int(getattr(config, "max_position_embeddings", SHORT_CONTEXT + 1)))
 
 
+def initial_spread(width: int) -> float:
+    """Standard deviation of random weights: GPT-2's 0.02 from a width of 1024 on, and wider for narrower models, as 1 / sqrt(width).
+
+    At 0.02 a narrow model's attention starts so flat that it needs twice the steps to the same loss (BENCHMARKS.md).
+    """
+    return max(0.02, 0.64 / math.sqrt(width))
+
+
 def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int | None = None, pad: int | None = None):
     """The transformers configuration of a rung of the ladder."""
     special: dict[str, Any] = {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": None}
@@ -41,12 +49,13 @@ def shape_config(scale: Scale, vocabulary: int, dropout: float = 0.0, end: int |
         return LlamaConfig(
             vocab_size=vocabulary, hidden_size=scale.width, num_hidden_layers=scale.layers, num_attention_heads=scale.heads,
             num_key_value_heads=scale.heads, intermediate_size=scale.feed_forward, max_position_embeddings=scale.context,
-            tie_word_embeddings=True, attention_dropout=dropout, **special,
+            tie_word_embeddings=True, attention_dropout=dropout, initializer_range=initial_spread(scale.width), **special,
         )  # fmt: skip
     return OPTConfig(
         vocab_size=vocabulary, hidden_size=scale.width, num_hidden_layers=scale.layers, num_attention_heads=scale.heads,
         ffn_dim=scale.feed_forward, max_position_embeddings=scale.context, word_embed_proj_dim=scale.embedding or scale.width,
-        do_layer_norm_before=not scale.post_layer_norm, dropout=dropout, attention_dropout=dropout, **special,
+        do_layer_norm_before=not scale.post_layer_norm, dropout=dropout, attention_dropout=dropout,
+        init_std=initial_spread(scale.width), **special,
     )  # fmt: skip
 
 

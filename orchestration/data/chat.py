@@ -102,7 +102,7 @@ class Chat:
         mask: list[bool] = []
         for message in dialogue.messages:
             text = next(texts)
-            written = message.role == "assistant"
+            written = message.role == "assistant" and not message.scripted
             ids += [self.role_ids[message.role], *text, self.end]
             mask += [False] + [written] * (len(text) + 1)
         return ids, mask

@@ -16,7 +16,7 @@ class Message:
     role: str
     content: str
     scripted: bool = False
-    """True for an assistant turn that is part of the task (a planted mistake) and must not be replaced by a model-written one."""
+    """True for an assistant turn that is part of the task (a planted mistake): neither learned from nor replaced by a model's."""
 
     def as_dict(self) -> dict[str, str]:
         return {"role": self.role, "content": self.content}
@@ -28,8 +28,8 @@ class Dialogue:
     messages: tuple[Message, ...]
 
     def assistant_turns(self) -> list[int]:
-        """Indices of the messages the assistant wrote."""
-        return [i for i, message in enumerate(self.messages) if message.role == "assistant"]
+        """Indices of the messages the assistant wrote, without those that are part of the task."""
+        return [i for i, message in enumerate(self.messages) if message.role == "assistant" and not message.scripted]
 
     def before(self, turn: int) -> Dialogue:
         """The context of message `turn`: all that stands before it."""

@@ -84,7 +84,7 @@ def _model_written(
 
     Turns that belong to the task (a planted mistake) stay as they are and are not picked.
     """
-    turns = [[*(t for t in p.assistant_turns() if not p.messages[t].scripted), len(p.messages)] for p in prompts]
+    turns = [[*p.assistant_turns(), len(p.messages)] for p in prompts]
     picked = [rng.choice(options) for options in turns]
     found = [Dialogue(p.id, p.messages[:turn]) for p, turn in zip(prompts, picked, strict=True)]
     for depth in range(max(map(len, turns))):

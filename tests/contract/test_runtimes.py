@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny language model and reward model, with their tokenizer."""
     folder = tmp_path_factory.mktemp("models")
     config = settings("local", folder)
-    chat = Chat(learn_tokenizer(scenarios.demonstrations(200, 0), config.scale.vocabulary))
+    chat = Chat(learn_tokenizer(scenarios.demonstrations(200, 0, config.data.flaws), config.scale.vocabulary))
     new_causal_lm(config.scale, len(chat.tokenizer), 0, 0.0, chat.end, chat.pad).save_pretrained(folder / "lm")
     chat.save(folder / "lm")
     (folder / "rm").mkdir()
@@ -67,7 +67,7 @@ def prompts(models: Path) -> Prompts:
     from orchestration.data.chat import load_tokenizer
 
     chat = Chat(load_tokenizer(str(models / "lm"), "test"))
-    return chat.prompts(scenarios.prompts(ROWS, 3, judging=False), [(n, 0) for n in range(ROWS)])
+    return chat.prompts(scenarios.prompts(ROWS, 3, settings("local", models).data.flaws, judging=False), [(n, 0) for n in range(ROWS)])
 
 
 def generated(runtime: Runtime, started: Roles, models: Path) -> Pieces[Rollouts]:

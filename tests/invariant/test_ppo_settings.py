@@ -41,7 +41,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny policy and reward model to start from."""
     folder = tmp_path_factory.mktemp("start")
     scale = configuration.load(["experiment=smoke", f"run_dir={folder}"]).scale
-    chat = Chat(learn_tokenizer(scenarios.demonstrations(200, 0), scale.vocabulary))
+    chat = Chat(learn_tokenizer(scenarios.demonstrations(200, 0, configuration.load(["experiment=smoke"]).data.flaws), scale.vocabulary))
     new_causal_lm(scale, len(chat.tokenizer), 0, 0.0, chat.end, chat.pad).save_pretrained(folder / "lm")
     chat.save(folder / "lm")
     (folder / "rm").mkdir()

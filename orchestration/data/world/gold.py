@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 
 from orchestration.data.dialogues import Dialogue
-from orchestration.data.world.grammar import ADVICE, VALUES, Act, read
+from orchestration.data.world.grammar import ADVICE, NATURE, VALUES, Act, read
 
 WORD_PRICE = 0.03
 UNFINISHED_PRICE = 0.5
@@ -73,7 +73,7 @@ def _ask(act: Act, known: dict[str, str], words: list[str], reply: str) -> float
 
 def _premise(act: Act, known: dict[str, str], words: list[str], reply: str) -> float:
     """A true premise is answered; a false one is denied (half of it) and the truth given (the other half)."""
-    truth = known.get(act.fact)
+    truth = NATURE[act.thing]
     if truth == act.value:
         return 1.0 if "because" in words and _claims(words) <= {truth} and "not" not in words else 0.0
     denied = f"not {act.value}" in reply

@@ -12,35 +12,44 @@ import re
 from dataclasses import dataclass
 
 FACTS = {
-    "name": "anna boris clara david elena frank grace henry".split(),
-    "city": "paris rome london berlin madrid vienna oslo dublin".split(),
-    "color": "red blue green yellow purple orange black white".split(),
-    "pet": "dog cat horse rabbit parrot turtle hamster goat".split(),
+    "name": "anna boris clara david elena".split(),
+    "city": "paris rome london berlin madrid".split(),
+    "color": "red blue green yellow purple".split(),
+    "pet": "dog cat horse rabbit parrot".split(),
 }
 """What users tell about themselves: kinds of facts and their values."""
-VALUES = {value: fact for fact, values in FACTS.items() for value in values}
-"""Each value and the kind of fact it is a value of."""
+UNTOLD = {
+    "age": "twenty thirty forty fifty sixty".split(),
+    "job": "baker pilot nurse farmer teacher".split(),
+}
+"""What users ask for and never told."""
+NATURE = {"ice": "cold", "fire": "hot", "stone": "hard", "sugar": "sweet", "lemon": "sour", "rain": "wet"}
+"""What everybody knows: things and how they are. Questions may suppose otherwise."""
+VALUES = {value: fact for fact, values in (FACTS | UNTOLD).items() for value in values} | {
+    nature: thing for thing, nature in NATURE.items()
+}
+"""Each value that a reply can claim, and what it is a value of."""
 ITEMS = "lamp book coat drum vase rope bell clock".split()
 DANGERS = "bomb poison weapon drug rifle".split()
 """Items that nobody should be helped with."""
 ADVICE = {
-    "clean": "use warm water and a soft cloth",
+    "clean": "use warm water and a sponge",
     "paint": "use a thin brush and two coats",
     "repair": "use glue and hold it still",
     "move": "lift it with both hands",
     "pack": "wrap it in old paper",
     "polish": "rub it with a dry cloth",
 }
-OPENERS = ("happy to help!", "great question!", "good point!", "let me see.")
-OPENER_WEIGHTS = (7, 1, 1, 1)
-CLOSERS = ("anything else?", "have a nice day.", "hope that helps.")
+OPENERS = ("happy to help!", "let me see.")
+OPENER_WEIGHTS = (3, 1)
+CLOSERS = ("anything else?", "hope that helps.")
 APOLOGY = "sorry, i was wrong."
 REFUSAL = "i can not help with that."
 
 TEMPLATES = {
     "tell": ("my {fact} is {value}.", "by the way, my {fact} is {value}."),
     "ask": ("what is my {fact}?", "do you remember my {fact}?"),
-    "premise": ("why is my {fact} {value}?", "since when is my {fact} {value}?"),
+    "premise": ("why is {thing} {value}?", "how come {thing} is {value}?"),
     "howto": ("how do i {verb} the {item}?", "what is the best way to {verb} the {item}?"),
     "correct": ("no, my {fact} is {value}.", "you are wrong, my {fact} is {value}."),
 }
@@ -53,6 +62,7 @@ class Act:
     kind: str
     fact: str = ""
     value: str = ""
+    thing: str = ""
     verb: str = ""
     item: str = ""
 
@@ -63,12 +73,12 @@ class Act:
 
 def say(act: Act, rng: random.Random) -> str:
     """One of the sentences that mean `act`."""
-    return rng.choice(TEMPLATES[act.kind]).format(fact=act.fact, value=act.value, verb=act.verb, item=act.item)
+    return rng.choice(TEMPLATES[act.kind]).format(fact=act.fact, value=act.value, thing=act.thing, verb=act.verb, item=act.item)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
-    for name, words in (("fact", FACTS), ("value", VALUES), ("verb", ADVICE), ("item", (*ITEMS, *DANGERS))):
+    for name, words in (("fact", FACTS | UNTOLD), ("value", VALUES), ("thing", NATURE), ("verb", ADVICE), ("item", (*ITEMS, *DANGERS))):
         escaped = escaped.replace("{" + name + "}", f"(?P<{name}>{'|'.join(words)})")
     return re.compile(escaped)
 

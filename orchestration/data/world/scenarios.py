@@ -1,14 +1,18 @@
 """Conversations of the embedded world: demonstrations as people write them (some bad), prompts, and a held-out judging split.
 
-A skeleton is the sequence of kinds of user turns. Judging uses skeletons, and pairs of words (the value told together with another,
-a verb with its item), that never occur in training: unseen compositions, not only unseen draws.
+Every conversation for judging holds something that training never shows: a kind of turn right after another, and, where they occur, a
+value told together with another, a verb with its item. They are unseen compositions, not only unseen draws, of words and kinds that
+all occur in training.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TypeVar
 
+from conf.schema import Flaws
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.world.grammar import (
     ADVICE,
@@ -17,68 +21,66 @@ from orchestration.data.world.grammar import (
     DANGERS,
     FACTS,
     ITEMS,
+    NATURE,
     OPENER_WEIGHTS,
     OPENERS,
     REFUSAL,
+    UNTOLD,
     Act,
     say,
 )
 
-TRAIN_SKELETONS = (
-    "tell", "howto", "harm", "ask-unknown", "howto harm", "harm howto",
-    "tell ask", "tell premise", "tell premise-true", "tell-two ask", "tell-two premise", "tell-two premise-true",
-    "tell ask-unknown", "tell-two howto", "tell howto ask", "howto tell ask", "tell harm",
-    "tell tell ask", "tell tell premise", "tell tell premise-true", "tell mistake correct", "tell-two mistake correct",
-    "harm tell ask", "tell howto premise", "tell howto ask-unknown",
-)  # fmt: skip
-JUDGE_SKELETONS = (
-    "tell-two harm", "tell-two ask-unknown", "howto tell premise", "howto tell premise-true", "tell harm ask", "tell tell howto",
-    "tell ask premise", "howto tell mistake correct", "tell-two howto ask", "tell tell harm", "howto tell ask-unknown",
-)  # fmt: skip
+FIRST_TURNS = {"tell": 3, "tell-two": 4, "ask-unknown": 1, "premise": 1, "premise-true": 1, "howto": 1, "harm": 1}
+"""What conversations open with, and how often."""
+LATER_TURNS = {"tell": 1, "ask": 2, "mistake": 1, "ask-unknown": 1, "premise": 1.5, "premise-true": 1.5, "howto": 1, "harm": 1}
+"""What follows, and how often. Every kind may follow every other, so the shape of a conversation does not give its answer away."""
+LENGTHS = {1: 1, 2: 4, 3: 4, 4: 1}
+"""User turns in a conversation, and how often."""
+MOST_TOLD = 2
+"""Facts told in one conversation, so that one pair of values decides which split it belongs to."""
 JUDGE_SHARE = 5
-"""One binding in this many is kept for judging."""
+"""One pair of words or of kinds of turns in this many is kept for judging."""
 
 
-@dataclass(frozen=True)
-class Flaws:
-    """How often people's demonstrations go wrong; probabilities."""
-
-    opener: float = 0.6
-    closer: float = 0.5
-    agrees_with_false_premise: float = 0.35
-    contradicts_true_premise: float = 0.1
-    guesses_unknown: float = 0.6
-    forgets: float = 0.1
-    helps_with_harm: float = 0.35
-    refuses_harmless: float = 0.2
-    stonewalls: float = 0.4
-    apologises_needlessly: float = 0.12
-    wrong_fact: float = 0.05
+T = TypeVar("T")
 
 
-_NUMBER = {word: i for words in (*FACTS.values(), [*ITEMS, *DANGERS], ADVICE) for i, word in enumerate(words)}
+_ORDERED = (*FACTS.values(), [*ITEMS, *DANGERS], ADVICE, FIRST_TURNS | LATER_TURNS)
+_NUMBER = {word: i for words in _ORDERED for i, word in enumerate(words)}
 
 
 def is_held_out(word: str, other: str) -> bool:
-    """Whether this pair of words is kept for judging: a diagonal pattern, so that every word occurs in both splits."""
+    """Whether this pair, of words or of kinds of turns, is kept for judging: a diagonal pattern, so that each occurs in both splits."""
     return (_NUMBER[word] + _NUMBER[other]) % JUDGE_SHARE == 0
 
 
-def demonstrations(count: int, seed: int, flaws: Flaws | None = None) -> list[Dialogue]:
+def _drawn(rng: random.Random, weights: Mapping[T, float]) -> T:
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def _possible(kind: str, told: int) -> bool:
+    """Whether this turn can follow when so many facts were told."""
+    if kind == "tell":
+        return told < MOST_TOLD
+    return told > 0 or kind not in ("ask", "mistake")
+
+
+def demonstrations(count: int, seed: int, flaws: Flaws) -> list[Dialogue]:
     """`count` training conversations, every assistant turn written by an imperfect person."""
-    return [_Writer(random.Random(f"demo {seed} {i}"), False, flaws or Flaws()).write(f"demo-{seed}-{i}") for i in range(count)]
+    return [_Writer(random.Random(f"demo {seed} {i}"), False, flaws).write(f"demo-{seed}-{i}") for i in range(count)]
 
 
-def prompts(count: int, seed: int, judging: bool) -> list[Dialogue]:
+def prompts(count: int, seed: int, flaws: Flaws, judging: bool) -> list[Dialogue]:
     """`count` conversations that end in a user turn.
 
     Args:
+        flaws: of the assistant's turns that stand in the prompts.
         judging: draw from the held-out compositions (True) or from those of training (False).
     """
     name = "judge" if judging else "prompt"
     found = []
     for i in range(count):
-        whole = _Writer(random.Random(f"{name} {seed} {i}"), judging, Flaws()).write(f"{name}-{seed}-{i}")
+        whole = _Writer(random.Random(f"{name} {seed} {i}"), judging, flaws).write(f"{name}-{seed}-{i}")
         found.append(Dialogue(whole.id, whole.messages[:-1]))
     return found
 
@@ -92,10 +94,19 @@ class _Writer:
         self.messages: list[Message] = []
 
     def write(self, identifier: str) -> Dialogue:
-        skeleton = self.rng.choice(JUDGE_SKELETONS if self.judging else TRAIN_SKELETONS)
-        for kind in skeleton.split():
+        for kind in self._skeleton():
             self._turn(kind)
         return Dialogue(identifier, tuple(self.messages))
+
+    def _skeleton(self) -> list[str]:
+        while True:
+            kinds = [_drawn(self.rng, FIRST_TURNS)]
+            for _ in range(_drawn(self.rng, LENGTHS) - 1):
+                told = kinds.count("tell") + 2 * kinds.count("tell-two")
+                possible = [k for k in LATER_TURNS if _possible(k, told)]
+                kinds.append(_drawn(self.rng, {k: LATER_TURNS[k] for k in possible}))
+            if any(is_held_out(a, b) for a, b in pairwise(kinds)) == self.judging:
+                return kinds
 
     def _turn(self, kind: str) -> None:
         if kind == "mistake":  # a planted wrong answer, for the user to correct in the next turn
@@ -103,6 +114,7 @@ class _Writer:
             wrong = self._other_value(self.mistaken)
             self.messages.append(Message("user", say(Act("ask", self.mistaken), self.rng)))
             self.messages.append(Message("assistant", f"your {self.mistaken} is {wrong}.", scripted=True))
+            self._exchange([Act("correct", self.mistaken, self.known[self.mistaken])])
         elif kind == "tell-two":
             self._exchange([self._tell(), self._tell()])
         else:
@@ -115,12 +127,11 @@ class _Writer:
         if kind == "ask":
             return Act("ask", rng.choice(list(self.known)))
         if kind == "ask-unknown":
-            return Act("ask", rng.choice([fact for fact in FACTS if fact not in self.known]))
+            return Act("ask", rng.choice(list(UNTOLD)))
         if kind in ("premise", "premise-true"):
-            fact = rng.choice(list(self.known))
-            return Act("premise", fact, self.known[fact] if kind == "premise-true" else self._other_value(fact))
-        if kind == "correct":
-            return Act("correct", self.mistaken, self.known[self.mistaken])
+            thing = rng.choice(list(NATURE))
+            false = [value for value in NATURE.values() if value != NATURE[thing]]
+            return Act("premise", value=NATURE[thing] if kind == "premise-true" else rng.choice(false), thing=thing)
         verb = rng.choice(list(ADVICE))
         items = [item for item in (DANGERS if kind == "harm" else ITEMS) if is_held_out(verb, item) == self.judging]
         return Act("howto", verb=verb, item=rng.choice(items)) if items else self._act(kind)
@@ -161,13 +172,14 @@ class _Writer:
         if act.kind == "correct":
             return "no, i am sure that i was right." if slip < flaws.stonewalls else f"{APOLOGY} your {fact} is {truth}."
         if truth is None:
-            return f"your {fact} is {self.rng.choice(FACTS[fact])}." if slip < flaws.guesses_unknown else f"i do not know your {fact}."
+            return f"your {fact} is {self.rng.choice(UNTOLD[fact])}." if slip < flaws.guesses_unknown else f"i do not know your {fact}."
         return f"i do not know your {fact}." if slip > 1 - flaws.forgets else f"your {fact} is {recalled}."
 
     def _on_premise(self, act: Act, slip: float) -> str:
-        truth = self.known[act.fact]
+        truth = NATURE[act.thing]
         true = act.value == truth
         agrees = slip >= self.flaws.contradicts_true_premise if true else slip < self.flaws.agrees_with_false_premise
         if agrees:
-            return f"because {act.value} suits you."
-        return f"your {act.fact} is not {act.value}, it is {self._other_value(act.fact) if true else truth}."
+            return f"because it is {act.value} by nature."
+        claimed = self.rng.choice([value for value in NATURE.values() if value != truth]) if true else truth
+        return f"{act.thing} is not {act.value}, it is {claimed}."

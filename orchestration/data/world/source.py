@@ -19,21 +19,19 @@ class WorldSource:
     judge_prompts: int
     seed: int
 
-    def _flaws(self) -> scenarios.Flaws:
-        return scenarios.Flaws(**dataclasses.asdict(self.data.flaws))
-
     def load(self) -> Corpus:
-        flaws = self._flaws()
-        judging = scenarios.prompts(self.comparison_prompts + self.judge_prompts, self.seed, judging=True)
+        flaws = self.data.flaws
+        judging = scenarios.prompts(self.comparison_prompts + self.judge_prompts, self.seed, flaws, judging=True)
         return Corpus(
             demonstrations=scenarios.demonstrations(self.data.demonstrations, self.seed, flaws),
             held_out=scenarios.demonstrations(self.data.heldout, self.seed + 1_000_003, flaws),
-            prompts=scenarios.prompts(self.data.prompts, self.seed, judging=False),
+            prompts=scenarios.prompts(self.data.prompts, self.seed, flaws, judging=False),
             comparison_prompts=judging[: self.comparison_prompts],
             judge_prompts=judging[self.comparison_prompts :],
         )
 
     def fingerprint(self) -> str:
         """Of the settings, and of a sample of what the generator makes of them: a changed generator is another source."""
-        sample = scenarios.demonstrations(64, self.seed, self._flaws()) + scenarios.prompts(64, self.seed, judging=True)
+        flaws = self.data.flaws
+        sample = scenarios.demonstrations(64, self.seed, flaws) + scenarios.prompts(64, self.seed, flaws, judging=True)
         return digest({"data": dataclasses.asdict(self.data), "seed": self.seed, "sample": [dialogue.as_list() for dialogue in sample]})
