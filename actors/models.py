@@ -22,7 +22,8 @@ ROWS_PER_CHUNK = 2048
 HEAD_FILE = "scalar_head.safetensors"
 
 
-SHORT_CONTEXT = 256
+SHORT_CONTEXT = 512
+"""Up to here plain attention is the faster kernel on CPUs (BENCHMARKS.md)."""
 
 
 def attention(context: int) -> str:
