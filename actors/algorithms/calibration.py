@@ -40,7 +40,10 @@ def pairs(scores: Tensor, group: Tensor, rank: Tensor, length: Tensor) -> Pairs:
 
 
 def calibration_error(probability: Tensor, outcome: Tensor, low: float = 0.0) -> float:
-    """Expected calibration error: |mean probability - share of outcomes| over equal bins from `low` to 1, weighted by their counts; [P] each."""
+    """Expected calibration error: |mean probability - share of outcomes| in equal bins from `low` to 1, weighted by their counts.
+
+    Args: probability, outcome: [P]. NaN for none.
+    """
     if len(probability) == 0:
         return float("nan")
     place = ((probability - low) / (1 - low) * BINS).long().clamp(0, BINS - 1)
