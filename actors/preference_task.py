@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.algorithms import calibration
 from actors.algorithms.preference import pairwise_correct, pointwise_loss, ranking_loss
 from actors.batch import Batch, Comparisons, Dialogues
 from actors.engine import Engine
@@ -55,7 +57,7 @@ class PreferenceTask:
 
     def _loss(self, scores: Tensor, rows: Comparisons, denominator: float, device: torch.device) -> Tensor:
         if self.ranked:
-            return ranking_loss(scores, rows.group.to(device), rows.label.to(device), denominator)
+            return ranking_loss(scores, rows.group.to(device), rows.label.to(device), denominator, self.settings.margin)
         return pointwise_loss(scores, rows.label.to(device), self._positive_weight(), denominator)
 
     def _positive_weight(self) -> float:
@@ -86,12 +88,22 @@ class PreferenceTask:
         right, pairs = pairwise_correct(scores, rows.group, rows.label)
         return {"loss": loss} | ({"pairwise_accuracy": float(right / pairs)} if pairs > 0 else {})  # all tied: there is no accuracy
 
+    def _reliability(self, engine: Engine) -> dict[str, float]:
+        """Whether the scores of the held-out rows can be believed."""
+        rows = self.held_out
+        scores = self.scores_of(engine, rows)
+        if self.ranked:
+            return calibration.describe(calibration.pairs(scores, rows.group, rows.label, rows.mask.sum(dim=1)))
+        # a weight w on good judgements moves the fitted logit by log w
+        probability = torch.sigmoid(scores - math.log(self._positive_weight()))
+        return {"calibration_error": calibration.calibration_error(probability, rows.label)}
+
     def finish(self, engine: Engine) -> dict[str, float]:
         """Set the head's bias so that demonstrations score 0 on average (InstructGPT 2203.02155, 3.5), and measure."""
         mean = float(self.scores_of(engine, self.demonstrations).mean())
         if self.ranked:  # judgements are logits of a probability: moving them would lose their meaning
             engine.shift_bias("head.bias", -mean)
-        found = {f"heldout_{name}": value for name, value in self._measure(engine, self.held_out).items()}
+        found = {f"heldout_{name}": value for name, value in (self._measure(engine, self.held_out) | self._reliability(engine)).items()}
         return found | {"demonstration_score": float(self.scores_of(engine, self.demonstrations).mean())}
 
 

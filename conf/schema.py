@@ -248,6 +248,8 @@ class RewardModel(Settings):
     """Steps between measurements on held-out rows."""
     patience: Count
     """Measurements without improvement after which training stops; the best weights are kept."""
+    margin: NotNegative
+    """Difference in score asked for per step of rank between two answers (Llama 2 2307.09288, 3.2.2); 0: only the order counts."""
     validation_share: Annotated[float, Gt(0), Lt(1)]
     """Share of the training prompts or judgements that early stopping is decided on; the held-out ones are only reported."""
 

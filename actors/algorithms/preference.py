@@ -7,18 +7,20 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 
-def ranking_loss(scores: Tensor, group: Tensor, rank: Tensor, denominator: float) -> Tensor:
+def ranking_loss(scores: Tensor, group: Tensor, rank: Tensor, denominator: float, margin: float = 0.0) -> Tensor:
     """Sum over prompts of the mean of -log sigmoid(r_better - r_worse) over that prompt's untied pairs, over `denominator`.
 
     Args:
         scores, group, rank: [N]; pairs are formed inside a group, the lower rank is the better answer, equal ranks are dropped.
         denominator: prompts of the whole optimizer step on all ranks.
+        margin: taken from r_better - r_worse for each step of rank between them (Llama 2, 2307.09288, 3.2.2).
 
     Returns:
-        Scalar. All C(K, 2) pairs of a prompt weigh 1 together, so that K does not change a prompt's weight. Equal scores give ln 2.
+        Scalar. All C(K, 2) pairs of a prompt weigh 1 together, so that K does not change a prompt's weight. Without a margin equal
+        scores give ln 2.
     """
     better, pairs_of = comparable(group, rank)
-    losses = -logsigmoid(scores[:, None] - scores[None, :])
+    losses = -logsigmoid(scores[:, None] - scores[None, :] - margin * (rank[None, :] - rank[:, None]))
     weights = better.to(scores.dtype) / pairs_of.clamp(min=1)[:, None]
     return (losses * weights).sum() / denominator
 
