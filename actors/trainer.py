@@ -21,7 +21,7 @@ from actors.engine import Engine, Optimizer
 from actors.learning import optimizer_step
 from actors.models import save_model
 from actors.worker import make_engine
-from conf.schema import SFT, Config, RewardModel
+from conf.schema import SFT, Config, Pretrain, RewardModel
 
 BEST_FILE = "best.safetensors"
 
@@ -49,7 +49,7 @@ class Task(Protocol):
     """What is learned."""
 
     @property
-    def settings(self) -> SFT | RewardModel: ...
+    def settings(self) -> SFT | Pretrain | RewardModel: ...
 
     def module(self) -> torch.nn.Module: ...
 
