@@ -87,9 +87,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(
-        self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, position_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs of `tokens` and entropies of their distributions, nats.
 
         Args:

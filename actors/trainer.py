@@ -1,4 +1,4 @@
-"""The training loop of the supervised and reward-model stages: one loop, two tasks (language modelling, preference).
+"""The training loop of pretraining, SFT and the reward model: one loop, two tasks (language modelling, preference).
 
 It runs on every rank, knows neither Ray nor the run directory, and talks to both through a `Session`.
 """

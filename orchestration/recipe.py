@@ -20,7 +20,8 @@ from orchestration.stages import compare, evaluate, ppo, pretrain, reward_model,
 from orchestration.stages.context import Shared, StageContext, input_of
 
 RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
-    "pretrain": pretrain.run, "sft": sft.run, "compare": compare.run, "reward_model": reward_model.run, "ppo": ppo.run, "evaluate": evaluate.run,
+    "pretrain": pretrain.run, "sft": sft.run, "compare": compare.run, "reward_model": reward_model.run, "ppo": ppo.run,
+    "evaluate": evaluate.run,
 }  # fmt: skip
 INPUTS = {"pretrain": (), "sft": ("pretrain",), "compare": ("sft",), "reward_model": ("sft", "compare"), "ppo": ("sft", "reward_model"),
           "evaluate": ("sft", "reward_model", "ppo")}  # fmt: skip

@@ -128,7 +128,9 @@ def coloured(chat: Chat, ids: Sequence[int], mask: Sequence[bool]) -> Text:
 def _append_run(text: Text, chat: Chat, ids: Sequence[int], special: set[int], style: str) -> None:
     for is_special, group in groupby(ids, key=special.__contains__):
         if is_special:
-            text.append("".join(map(str, chat.tokenizer.convert_ids_to_tokens(list(group)))), f"bold {style}" if style == LEARNED else SPECIAL)
+            text.append(
+                "".join(map(str, chat.tokenizer.convert_ids_to_tokens(list(group)))), f"bold {style}" if style == LEARNED else SPECIAL
+            )
         else:
             text.append(str(chat.tokenizer.decode(list(group))), style)
 

@@ -9,7 +9,6 @@ from orchestration.data.source import Corpus
 from orchestration.data.world import scenarios, texts
 from orchestration.run_directory import digest
 
-
 HELD_OUT_TEXTS = 10
 """One document is held out for this many to learn from."""
 
