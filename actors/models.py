@@ -125,7 +125,7 @@ def positions(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-def mask_between_dialogues(lm: PreTrainedModel, position_ids: Tensor) -> Tensor | None:
+def mask_between_dialogues(lm: PreTrainedModel, position_ids: Tensor) -> Any:
     """The attention mask to pass for packed rows: none where transformers makes it from positions that start again (eager, sdpa, and
     flash attention for batches of one row); OPT does not hand its positions to its mask, so it is given the same mask from outside."""
     if lm.config.model_type != "opt":

@@ -126,13 +126,13 @@ def coloured(chat: Chat, ids: Sequence[int], mask: Sequence[bool]) -> Text:
 
 
 def _append_run(text: Text, chat: Chat, ids: Sequence[int], special: set[int], style: str) -> None:
-    for is_special, group in groupby(ids, key=special.__contains__):
+    for is_special, run in groupby(ids, key=special.__contains__):
+        group = list(run)
         if is_special:
-            text.append(
-                "".join(map(str, chat.tokenizer.convert_ids_to_tokens(list(group)))), f"bold {style}" if style == LEARNED else SPECIAL
-            )
+            names = "".join(map(str, chat.tokenizer.convert_ids_to_tokens(group)))
+            text.append(names, f"bold {style}" if style == LEARNED else SPECIAL)
         else:
-            text.append(str(chat.tokenizer.decode(list(group))), style)
+            text.append(str(chat.tokenizer.decode(group)), style)
 
 
 def counted(sample: Sample, longest: int) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_a_packed_row_holds_each_dialogue_whole_with_positions_that_start_again(
     found = []
     for tokens, length, mask, places in zip(packed.tokens, packed.lengths.tolist(), packed.mask, packed.positions, strict=True):
         starts = [*(places[:length] == 0).nonzero()[:, 0].tolist(), length]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             found.append((tokens[start:stop].tolist(), mask[start:stop].tolist()))
             assert places[start:stop].tolist() == list(range(stop - start))
         assert not mask[length:].any()
