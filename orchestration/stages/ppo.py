@@ -85,8 +85,8 @@ class Loop:
             if (step + 1) % self.config.commit.every == 0 and step + 1 < self.ppo.steps:
                 self.commit(step + 1)
         self.export()
-        figures: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
-        return figures | {"stopped_by": stopped_by} | self.text_losses()
+        result: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
+        return result | {"stopped_by": stopped_by} | self.text_losses()
 
     def sample(self, step: int) -> Pieces[Rollouts]:
         """This step's prompts and one reply to each."""
