@@ -1,10 +1,10 @@
-"""Learning to talk: language modelling on the assistant's turns (stage `sft`)."""
+"""Language modelling: on the assistant's turns (stage `sft`), or on every token of plain text (stage `pretrain`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues
 from actors.engine import Engine
 from actors.learning import micro_batches
+from actors.packing import Packed, pack
 from actors.worker import language_model
-from conf.schema import SFT, Config
+from conf.schema import SFT, Config, Pretrain
 
 POOL = 2
 """Batches drawn together and sorted by length, which saves padding. Larger pools save more and learn worse: dialogues of one length are of
@@ -23,7 +24,7 @@ one kind (Taskmaster, 200 steps: 1.03 nats per token with 2, 1.14 with 16)."""
 
 @dataclass(frozen=True)
 class LanguageTask:
-    """Dialogues to learn from and dialogues to measure on."""
+    """Rows to learn from and rows to measure on: dialogues, or blocks of text."""
 
     config: Config
     checkpoint: str
@@ -32,12 +33,17 @@ class LanguageTask:
     """Decides on early stopping."""
     held_out: Dialogues
     """Only measured."""
-    held_out_chars: int
-    """Characters of the held-out assistant turns, for nats per character."""
+    held_out_size: int
+    """Size of what is predicted in the held-out rows, in `unit`s; for figures that do not depend on the tokenizer."""
+    unit: Literal["char", "byte"] = "char"
+    section: Literal["sft", "pretrain"] = "sft"
+    """Section of the configuration that says how to learn."""
+    pack_length: int | None = None
+    """Tokens of a packed row at most; None: a row is one dialogue."""
 
     @property
-    def settings(self) -> SFT:
-        return self.config.sft
+    def settings(self) -> SFT | Pretrain:
+        return getattr(self.config, self.section)
 
     def module(self) -> torch.nn.Module:
         return language_model(self.checkpoint, self.settings.dropout)
@@ -49,20 +55,21 @@ class LanguageTask:
     def loss(self, engine: Engine, rows: Any) -> list[tuple[Callable[[Any], Tensor], Batch]]:
         tokens = float(engine.sum_over_ranks(rows.mask.sum().float()))
 
-        def loss(piece: Dialogues) -> Tensor:
+        def loss(piece: Dialogues | Packed) -> Tensor:
             piece = piece.to(engine.device)
-            return language_loss(engine(piece.tokens, piece.mask)[0], piece.mask, tokens)
+            places = piece.positions if isinstance(piece, Packed) else None
+            return language_loss(engine(piece.tokens, piece.mask, position_ids=places)[0], piece.mask, tokens)
 
-        return [(loss, rows)]
+        return [(loss, pack(rows, self.pack_length) if self.pack_length else rows)]
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Nats per assistant token, every rank on the whole set (so that ZeRO-3 ranks stay in step)."""
+        """Nats per learned token, every rank on the whole set (so that ZeRO-3 ranks stay in step)."""
         return {"loss": self._total_loss(engine, self.validation) / int(self.validation.mask.sum())}
 
     def finish(self, engine: Engine) -> dict[str, float]:
         total = self._total_loss(engine, self.held_out)
         per_token = total / int(self.held_out.mask.sum())
-        return {"heldout_nats_per_token": per_token, "heldout_nats_per_char": total / self.held_out_chars}
+        return {"heldout_nats_per_token": per_token, f"heldout_nats_per_{self.unit}": total / self.held_out_size}
 
     @torch.no_grad()
     def _total_loss(self, engine: Engine, rows: Dialogues) -> float:

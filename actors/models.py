@@ -1,7 +1,7 @@
 """The two kinds of networks: a causal language model that gives token log-probs, and one with a scalar head.
 
 Both take [B, T] tokens padded on the right. Padding stands after every token that counts, so causal attention never sees it and no
-attention mask is needed; positions count from each row's first token.
+attention mask is needed; positions count from each row's first token, or from each dialogue's where rows are packed (packing.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from conf.schema import Scale
 
@@ -87,20 +88,22 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs of `tokens` and entropies of their distributions, nats.
 
         Args:
             tokens: [B, T] long, right-padded.
             mask: [B, T] bool, the tokens wanted; logits are made for these positions only.
             temperature: divides the logits, as when sampling.
+            position_ids: [B, T] long of packed rows: 0 where a dialogue begins. None: each row is one dialogue.
 
         Returns:
-            Two [B, T] float32 tensors, 0 outside the mask.
+            Two [B, T] float32 tensors, 0 outside the mask and at each dialogue's first token.
         """
-        mask = mask.clone()
-        mask[:, 0] = False  # nothing stands before the first token to predict it from
-        hidden = self.lm.base_model(input_ids=tokens, position_ids=positions(tokens), use_cache=False).last_hidden_state
+        places = positions(tokens) if position_ids is None else position_ids
+        mask = mask & (places > 0)  # nothing stands before a first token to predict it from
+        apart = None if position_ids is None else mask_between_dialogues(self.lm, position_ids)
+        hidden = self.lm.base_model(input_ids=tokens, position_ids=places, attention_mask=apart, use_cache=False).last_hidden_state
         picked, targets = hidden[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]]
         step = max(len(picked), 1) if torch.is_grad_enabled() else ROWS_PER_CHUNK
         found = [self._score(picked[i : i + step], targets[i : i + step], temperature) for i in range(0, max(len(picked), 1), step)]
@@ -121,6 +124,28 @@ class LanguageModel(nn.Module):
 def positions(tokens: Tensor) -> Tensor:
     """[B, T] position of each token in its row."""
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
+
+def mask_between_dialogues(lm: PreTrainedModel, position_ids: Tensor) -> Any:
+    """The attention mask to pass for packed rows: none where transformers makes it from positions that start again (eager, sdpa, and
+    flash attention for batches of one row); OPT does not hand its positions to its mask, so it is given the same mask from outside."""
+    if lm.config.model_type != "opt":
+        return None
+    shape = torch.empty(*position_ids.shape, 0, device=position_ids.device, dtype=lm.dtype)
+    return create_causal_mask(
+        config=lm.config, inputs_embeds=shape, attention_mask=None, past_key_values=None, position_ids=position_ids
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def keeps_packed_apart(lm: PreTrainedModel) -> bool:
+    """Whether this model gives the second of two packed dialogues the hidden states that it has alone."""
+    model = LanguageModel(lm)
+    tokens, alone = torch.tensor([[2, 3, 4, 1, 2, 3]]), torch.tensor([[1, 2, 3]])
+    places = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    together, _ = model(tokens, torch.ones_like(tokens, dtype=torch.bool), position_ids=places)
+    wanted, _ = model(alone, torch.ones_like(alone, dtype=torch.bool))
+    return bool(torch.allclose(together[:, 3:], wanted, atol=1e-3))
 
 
 class ScalarModel(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class Policy(Worker):
         self.sent: list[WeightUpdate] = []
 
     @torch.no_grad()
-    def logprobs(self, pieces: list[Rollouts]) -> list[Tensor]:
-        """[B, T] for each piece, at the sampling temperature."""
+    def logprobs(self, pieces: Sequence[Rollouts | Dialogues]) -> list[Tensor]:
+        """[B, T] for each piece: rollouts at the sampling temperature, text at 1."""
         return [self._current(piece)[0].cpu() for piece in pieces]
 
     def _current(self, rows: Rollouts | Experience | Dialogues) -> tuple[Tensor, Tensor]:

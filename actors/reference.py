@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from actors.batch import Rollouts
+from actors.batch import Dialogues, Rollouts
 from actors.worker import Worker, language_model, make_engine
 
 
@@ -16,7 +18,7 @@ class Reference(Worker):
         self.engine = make_engine(self.config, language_model(self.checkpoint), None)
 
     @torch.no_grad()
-    def logprobs(self, pieces: list[Rollouts], temperature: float) -> list[Tensor]:
+    def logprobs(self, pieces: Sequence[Rollouts | Dialogues], temperature: float) -> list[Tensor]:
         """[B, T] for each piece, at the temperature the policy samples with."""
         device = self.engine.device
         return [self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu() for piece in pieces]

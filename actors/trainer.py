@@ -1,4 +1,4 @@
-"""The training loop of the supervised and reward-model stages: one loop, two tasks (language modelling, preference).
+"""The training loop of pretraining, SFT and the reward model: one loop, two tasks (language modelling, preference).
 
 It runs on every rank, knows neither Ray nor the run directory, and talks to both through a `Session`.
 """
@@ -21,7 +21,7 @@ from actors.engine import Engine, Optimizer
 from actors.learning import optimizer_step
 from actors.models import save_model
 from actors.worker import make_engine
-from conf.schema import SFT, Config, RewardModel
+from conf.schema import SFT, Config, Pretrain, RewardModel
 
 BEST_FILE = "best.safetensors"
 
@@ -49,7 +49,7 @@ class Task(Protocol):
     """What is learned."""
 
     @property
-    def settings(self) -> SFT | RewardModel: ...
+    def settings(self) -> SFT | Pretrain | RewardModel: ...
 
     def module(self) -> torch.nn.Module: ...
 

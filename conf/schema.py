@@ -18,7 +18,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
 
-STAGES = ("sft", "compare", "reward_model", "ppo", "evaluate")
+STAGES = ("pretrain", "sft", "compare", "reward_model", "ppo", "evaluate")
 
 
 class Settings:
@@ -154,6 +154,8 @@ class WorldData(Settings):
     """Further conversations for the held-out loss."""
     prompts: Count
     """Conversations that prompts for comparisons and PPO are drawn from."""
+    texts: Whole
+    """Documents of plain text to pretrain on and to mix into PPO (`ppo.ptx`); a tenth as many more are held out."""
     flaws: Flaws
     """How people err."""
 
@@ -185,27 +187,48 @@ class Labeler(Settings):
 
 
 @dataclass(frozen=True)
-class SFT(Settings):
-    """Supervised fine-tuning on dialogues; loss on assistant turns only."""
+class Learning(Settings):
+    """What the training stages (pretrain, sft, reward_model) have in common."""
 
-    steps: Count
-    """Optimizer steps at most; the learning rate falls over them along a cosine to 10%."""
     batch: Count
-    """Dialogues per optimizer step, over all ranks."""
+    """Rows per optimizer step, over all ranks: blocks of text (pretrain), dialogues (sft), prompts of rankings or judged replies
+    (reward_model)."""
     lr: Positive
-    """Peak learning rate."""
+    """Peak learning rate, falling along a cosine to 10% at `steps`."""
     warmup: Whole
     """Steps of linear warm-up."""
     weight_decay: NotNegative
     """AdamW's decay."""
     max_grad_norm: Positive
     """Gradient norm above which gradients are scaled down."""
-    dropout: Annotated[float, Ge(0), Lt(1)]
-    """Dropout while fine-tuning (InstructGPT: 0.2); all later stages run without."""
     eval_every: Count
-    """Steps between measurements of the held-out loss."""
+    """Steps between measurements on held-out rows."""
     patience: Count
     """Measurements without improvement after which training stops; the best weights are kept."""
+
+
+@dataclass(frozen=True)
+class Pretrain(Learning):
+    """Language modelling on plain text before SFT; every token is learned."""
+
+    steps: Whole
+    """Optimizer steps at most; 0: the stage is left out, and SFT starts from `model.path` or random weights."""
+    dropout: Annotated[float, Ge(0), Lt(1)]
+    """Dropout while pretraining."""
+
+
+@dataclass(frozen=True)
+class SFT(Learning):
+    """Supervised fine-tuning on dialogues; loss on assistant turns only."""
+
+    steps: Count
+    """Optimizer steps at most."""
+    dropout: Annotated[float, Ge(0), Lt(1)]
+    """Dropout while fine-tuning (InstructGPT: 0.2); all later stages run without."""
+    packing: bool
+    """Put several dialogues of a step in one row, without attention between them: less padding, the same loss and gradients."""
+    pack_length: Count | None
+    """Tokens of a packed row at most; null: the model's context."""
 
 
 @dataclass(frozen=True)
@@ -227,27 +250,13 @@ class Compare(Settings):
 
 
 @dataclass(frozen=True)
-class RewardModel(Settings):
+class RewardModel(Learning):
     """Learning a reward from comparisons or judgements."""
 
     steps: Count
     """Optimizer steps at most."""
     epochs: Count
     """Passes over the training set at most (more than one overfits K-way comparisons: InstructGPT 2203.02155, C.2)."""
-    batch: Count
-    """Prompts per optimizer step for rankings, judged replies for judgements, over all ranks."""
-    lr: Positive
-    """Peak learning rate, falling along a cosine to 10%."""
-    warmup: Whole
-    """Steps of linear warm-up."""
-    weight_decay: NotNegative
-    """AdamW's decay."""
-    max_grad_norm: Positive
-    """Gradient norm above which gradients are scaled down."""
-    eval_every: Count
-    """Steps between measurements on held-out rows."""
-    patience: Count
-    """Measurements without improvement after which training stops; the best weights are kept."""
     margin: NotNegative
     """Difference in score asked for per step of rank between two answers (Llama 2 2307.09288, 3.2.2); 0: only the order counts."""
     validation_share: Annotated[float, Gt(0), Lt(1)]
@@ -309,9 +318,9 @@ class PPO(Settings):
     max_new_tokens: Count
     """Longest reply."""
     ptx: NotNegative
-    """Weight of a language-modelling loss mixed into each policy step (PPO-ptx; InstructGPT: 27.8)."""
+    """Weight of the language-modelling loss on pretraining text in each policy step (PPO-ptx; InstructGPT's gamma: 27.8)."""
     ptx_batch: Count
-    """Dialogues in that loss per optimizer step, over all ranks; counts when `ptx` is above 0."""
+    """Blocks of text, as long as the context, in that loss per optimizer step, over all ranks; counts when `ptx` is above 0."""
     weight_decay: NotNegative
     """AdamW's decay, policy and critic."""
     adam_epsilon: Positive
@@ -390,9 +399,9 @@ class Config(Settings):
     """Folder of the run; by default runs/<experiment>."""
     seed: Whole
     """Seed of every draw: weights, data, samples."""
-    stage: Literal["all", "sft", "compare", "reward_model", "ppo", "evaluate"]
+    stage: Literal["all", "pretrain", "sft", "compare", "reward_model", "ppo", "evaluate"]
     """Which stage to run; `all` runs them in order."""
-    rerun_from: Literal["sft", "compare", "reward_model", "ppo", "evaluate"] | None
+    rerun_from: Literal["pretrain", "sft", "compare", "reward_model", "ppo", "evaluate"] | None
     """Discard this stage's results and all after it (on the command line: `from=`)."""
     policy_checkpoint: str | None
     """Starting weights (Hugging Face format) when a stage is run without its predecessor: the SFT model."""
@@ -412,6 +421,8 @@ class Config(Settings):
     """Dialogues, prompts and judgements."""
     labeler: Labeler
     """Who ranks."""
+    pretrain: Pretrain
+    """Before stage 1, for models from scratch; left out unless `pretrain.steps` is above 0."""
     sft: SFT
     """Stage 1."""
     compare: Compare

@@ -4,6 +4,7 @@
     chatray report run=runs/NAME
     chatray chat run=runs/NAME [stage=ppo]
     chatray config experiment=… (the resolved configuration)
+    chatray data show experiment=… [set=demonstrations|held_out|prompts|comparisons|texts] [index=0]
 
 Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
 """
@@ -101,6 +102,21 @@ def _chat(words: Sequence[str]) -> None:
     talk(Path(options["run"]).resolve(), options["stage"], temperature, _whole(options, "seed"))
 
 
+def _data(words: Sequence[str]) -> None:
+    if words[:1] != ["show"]:
+        raise RequestError(f"data {' '.join(words[:1])}: no such command; there is: chatray data show [set=…] [index=…] [any setting]")
+    own = [word for word in words[1:] if word.partition("=")[0] in ("set", "index")]
+    options = _options(own, {"set": "demonstrations", "index": "0"})
+    index = _whole(options, "index")
+    from orchestration import config as configuration
+
+    config = configuration.load([word for word in words[1:] if word not in own])
+    _quiet()
+    from orchestration.show import show
+
+    show(config, options["set"], index)
+
+
 def _whole(options: dict[str, str], name: str) -> int:
     if not options[name].isdigit():
         raise RequestError(f"{name}={options[name]}: not a whole number")
@@ -141,7 +157,7 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "report": _report, "chat": _chat, "config": _config}
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "report": _report, "chat": _chat, "config": _config, "data": _data}
 
 if __name__ == "__main__":
     sys.exit(main())

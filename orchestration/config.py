@@ -174,6 +174,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _shapes(config)
     yield from _ranks(config)
     yield from _files(config)
+    yield from _pretraining(config)
     yield from _choices(config)
 
 
@@ -204,7 +205,8 @@ def _ranks(config: Config) -> Iterable[str]:
             yield f"ppo.batch={ppo.batch}: not divisible by ppo.minibatches={ppo.minibatches} x placement.{role}.ranks={ranks}"
     if ppo.ptx > 0 and ppo.ptx_batch % place.policy.ranks:
         yield f"ppo.ptx_batch={ppo.ptx_batch}: not divisible by placement.policy.ranks={place.policy.ranks}"
-    for stage, batch in (("sft", config.sft.batch), ("reward_model", config.reward_model.batch)):
+    for stage in ("pretrain", "sft", "reward_model"):
+        batch = getattr(config, stage).batch
         if batch % place.train.ranks:
             yield f"{stage}.batch={batch}: not divisible by placement.train.ranks={place.train.ranks}"
     if config.runtime == "local":
@@ -234,6 +236,21 @@ def _files(config: Config) -> Iterable[str]:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         yield f"run_dir={config.run_dir}: {parent} is not a folder that can be written to"
+
+
+def _pretraining(config: Config) -> Iterable[str]:
+    has_text = isinstance(config.data, WorldData) and config.data.texts > 0
+    source = "data.texts=0" if isinstance(config.data, WorldData) else f"data={config.data.kind}, which has none"
+    if config.pretrain.steps and not has_text:
+        yield f"pretrain.steps={config.pretrain.steps}: there is no text to pretrain on ({source}); give some, or set pretrain.steps=0"
+    if config.ppo.ptx > 0 and not has_text:
+        yield (
+            f"ppo.ptx={config.ppo.ptx:g}: it is a loss on pretraining text, and there is none ({source}); give some, or set ppo.ptx=0 "
+            "(demonstrations do not stand in for it)"
+        )
+    for setting, value in (("stage", config.stage), ("from", config.rerun_from)):
+        if value == "pretrain" and not config.pretrain.steps:
+            yield f"{setting}=pretrain: pretrain.steps=0 leaves that stage out; set pretrain.steps above 0"
 
 
 def _choices(config: Config) -> Iterable[str]:

@@ -123,7 +123,7 @@ def _wandb_run(config: Config) -> Any:
         mode=config.logging.wandb, dir=config.run_dir, project=config.logging.wandb_project, name=Path(config.run_dir).name,
         resume="allow", settings=wandb.Settings(silent=True, console="off"),
     )  # fmt: skip
-    for stage in ("sft", "reward_model", "ppo"):
+    for stage in ("pretrain", "sft", "reward_model", "ppo"):
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     return run
 

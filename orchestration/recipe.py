@@ -16,16 +16,18 @@ from orchestration.errors import RequestError
 from orchestration.metrics import Metrics, PeakMemory
 from orchestration.roles import connect
 from orchestration.run_directory import RunDirectory, read_json, write_json
-from orchestration.stages import compare, evaluate, ppo, reward_model, sft
+from orchestration.stages import compare, evaluate, ppo, pretrain, reward_model, sft
 from orchestration.stages.context import Shared, StageContext, input_of
 
 RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
-    "sft": sft.run, "compare": compare.run, "reward_model": reward_model.run, "ppo": ppo.run, "evaluate": evaluate.run,
+    "pretrain": pretrain.run, "sft": sft.run, "compare": compare.run, "reward_model": reward_model.run, "ppo": ppo.run,
+    "evaluate": evaluate.run,
 }  # fmt: skip
-INPUTS = {"sft": (), "compare": ("sft",), "reward_model": ("sft", "compare"), "ppo": ("sft", "reward_model"),
+INPUTS = {"pretrain": (), "sft": ("pretrain",), "compare": ("sft",), "reward_model": ("sft", "compare"), "ppo": ("sft", "reward_model"),
           "evaluate": ("sft", "reward_model", "ppo")}  # fmt: skip
-"""The earlier stages each stage starts from."""
+"""The earlier stages each stage starts from, where they are part of the run."""
 SECTIONS = {
+    "pretrain": ("seed", "scale", "model", "pretrain"),
     "sft": ("seed", "scale", "model", "sft"),
     "compare": ("seed", "labeler", "compare"),
     "reward_model": ("seed", "model", "reward_model"),
@@ -33,6 +35,18 @@ SECTIONS = {
     "evaluate": ("seed", "evaluate"),
 }
 """The settings that decide a stage's result. Ranks, memory, logging and deadlines do not."""
+NO_PART = {"scale": ("name", "zero_stage"), "sft": ("packing", "pack_length")}
+"""Settings of those sections that decide nothing: a name, and ways to shard and to save padding."""
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """The stages of the whole recipe, in order; pretraining is optional."""
+    return STAGES if config.pretrain.steps else tuple(name for name in STAGES if name != "pretrain")
+
+
+def inputs_of(name: str, config: Config) -> list[str]:
+    """The earlier stages that this one starts from."""
+    return [source for source in INPUTS[name] if source in stages_of(config)]
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -47,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     memory.start()
     directory = RunDirectory(Path(config.run_dir), config.commit.keep)
     shared = Shared(config, open_source(config), connect)
-    wanted = STAGES if config.stage == "all" else (config.stage,)
+    wanted = stages_of(config) if config.stage == "all" else (config.stage,)
     check(config, directory, shared, wanted)
     prepare(config, directory)
     with ExitStack() as ending:
@@ -68,10 +82,10 @@ def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Seque
     for name in wanted:
         if STAGES.index(name) >= first:
             continue
-        if all(source in directory.results() or _named(config, source) for source in INPUTS[name]):
+        if all(source in directory.results() or _named(config, source) for source in inputs_of(name, config)):
             directory.is_complete(name, identity(name, config, directory, shared))
     if config.stage != "all":
-        for source in INPUTS[config.stage]:
+        for source in inputs_of(config.stage, config):
             if config.rerun_from and STAGES.index(source) >= first:
                 raise RequestError(f"from={config.rerun_from}: it would discard stage {source!r}, which stage={config.stage} starts from")
             input_of(config, directory, config.stage, source)
@@ -93,12 +107,12 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
     """What decides a stage's result: its settings, the data, and the results it starts from."""
     settings = as_dict(config)
     inputs: dict[str, Any] = {"data": shared.source.fingerprint()}
-    for source in INPUTS[name]:
+    for source in inputs_of(name, config):
         named = {"sft": config.policy_checkpoint, "reward_model": config.reward_checkpoint}.get(source)
         inputs[source] = named or directory.output_of(source)
     plain = {section: settings[section] for section in SECTIONS[name]}
-    if "scale" in plain:  # a name and a way to shard are no part of the shape
-        plain["scale"] = {key: value for key, value in plain["scale"].items() if key not in ("name", "zero_stage")}
+    for section in plain.keys() & NO_PART.keys():
+        plain[section] = {key: value for key, value in plain[section].items() if key not in NO_PART[section]}
     return json.loads(json.dumps({"settings": plain, "inputs": inputs}))
 
 

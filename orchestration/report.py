@@ -17,6 +17,8 @@ from orchestration.run_directory import RunDirectory, read_json
 from orchestration.stages.evaluate import CONVERSATIONS_FILE
 
 ROWS = (
+    ("Pretraining held-out loss", "pretrain", "heldout_nats_per_token", "nats/token"),
+    ("", "pretrain", "heldout_nats_per_byte", "nats/byte"),
     ("SFT held-out loss", "sft", "heldout_nats_per_token", "nats/token"),
     ("", "sft", "heldout_nats_per_char", "nats/character"),
     ("Labellers agree on", "compare", "labeler_agreement", "of pairs"),
@@ -31,6 +33,8 @@ ROWS = (
     ("  TF-IDF on the same judgements", "reward_model", "baseline_auc", ""),
     ("PPO: KL to the reference", "ppo", "kl", "nats/reply"),
     ("  budget", "ppo", "kl_budget", "nats/reply"),
+    ("Held-out text, SFT", "ppo", "pretraining_loss_sft", "nats/token"),
+    ("Held-out text, PPO", "ppo", "pretraining_loss", "nats/token"),
     ("Gold score, SFT", "evaluate", "gold_sft", ""),
     ("Gold score, PPO", "evaluate", "gold_ppo", ""),
     ("PPO wins over SFT (sampled)", "evaluate", "gold_win_rate_vs_sft", ""),

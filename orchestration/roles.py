@@ -28,8 +28,8 @@ class PolicyGroup:
 
     group: Group
 
-    def logprobs(self, rollouts: Pieces[Rollouts]) -> Pieces[Tensor]:
-        return self.group.map(Policy.logprobs, rollouts)
+    def logprobs(self, rows: Pieces[Rollouts] | Pieces[Dialogues]) -> Pieces[Tensor]:
+        return self.group.map(Policy.logprobs, rows)
 
     def experience(
         self, rollouts: Pieces[Rollouts], scores: Pieces[Tensor], reference: Pieces[Tensor], values: Pieces[Tensor], beta: float
@@ -83,8 +83,8 @@ class ReferenceGroup:
 
     group: Group
 
-    def logprobs(self, rollouts: Pieces[Rollouts], temperature: float) -> Pieces[Tensor]:
-        return self.group.map(Reference.logprobs, rollouts, temperature=temperature)
+    def logprobs(self, rows: Pieces[Rollouts] | Pieces[Dialogues], temperature: float) -> Pieces[Tensor]:
+        return self.group.map(Reference.logprobs, rows, temperature=temperature)
 
 
 @dataclass(frozen=True)

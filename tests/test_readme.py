@@ -63,6 +63,8 @@ def stood_in(word: str, folders: dict[str, str]) -> str:
 def test_every_command_parses(document: str, command: str, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     _, verb, *words = shlex.split(command, comments=True)
     assert verb in cli.VERBS, f"{document}: {command}"
+    if verb == "data":
+        assert words[0] == "show"
     if verb in ("run", "config"):
         configuration.load([stood_in(word, folders) for word in words], tmp_path)
         return

@@ -10,6 +10,7 @@ It is saved with every checkpoint as the tokenizer's chat template. A pretrained
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ TEMPLATE = (
 )
 
 
-def learn_tokenizer(dialogues: Iterable[Dialogue], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from the dialogues' text, with chatray's template."""
+def learn_tokenizer(dialogues: Iterable[Dialogue], vocabulary: int, texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learned from the dialogues and from plain text, with chatray's template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -37,7 +38,8 @@ def learn_tokenizer(dialogues: Iterable[Dialogue], vocabulary: int) -> PreTraine
         vocab_size=vocabulary, special_tokens=[PAD, END, *ROLE_TOKENS.values()], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    bpe.train_from_iterator((message.content for dialogue in dialogues for message in dialogue.messages), trainer)
+    said = (message.content for dialogue in dialogues for message in dialogue.messages)
+    bpe.train_from_iterator(chain(said, texts), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=PAD, eos_token=END, additional_special_tokens=list(ROLE_TOKENS.values()),
         clean_up_tokenization_spaces=False,

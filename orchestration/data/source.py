@@ -36,6 +36,10 @@ class Corpus:
     """Human judgements to learn from."""
     held_out_judgements: list[Judgement] = field(default_factory=list)
     """Human judgements to measure on."""
+    texts: list[str] = field(default_factory=list)
+    """Documents of plain text to pretrain on; what PPO-ptx mixes in."""
+    held_out_texts: list[str] = field(default_factory=list)
+    """Documents of plain text to measure on."""
 
 
 class Source(Protocol):

@@ -23,21 +23,25 @@ from actors.language_task import step_rows
 from actors.rollout import Sampling
 from orchestration import roles
 from orchestration.data.fitting import fitting_prompts
+from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
 from orchestration.roles import Roles
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.stages.context import StageContext
 
+MEASURED_BLOCKS = 256
+"""Blocks of held-out pretraining text that the SFT model and the result are measured on."""
+
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Returns the last step's figures, and why the loop ended."""
+    """Returns the last step's figures, and why the loop ended; with held-out text, both models' loss on it."""
     sft, reward = str(context.input("sft")), str(context.input("reward_model"))
-    prompts, pretraining = _prompts(context), _pretraining(context)
+    prompts = _prompts(context)
     checkpoints = {"policy": sft, "critic": reward, "reference": sft, "reward": reward, "rollout": sft}
     context.metrics.begin("ppo", context.config.ppo.steps)
     started = roles.start(context.runtime, context.config, checkpoints)
     try:
-        return Loop(context, started, prompts, pretraining).run()
+        return Loop(context, started, prompts, _pretraining(context), _held_out_text(context)).run()
     finally:
         context.runtime.stop()
 
@@ -50,6 +54,9 @@ class Loop:
     roles: Roles
     prompts: Prompts
     pretraining: Dialogues | None
+    """Blocks of text for PPO-ptx."""
+    held_out_text: Dialogues | None
+    """Blocks of text that are only measured."""
 
     def __post_init__(self) -> None:
         self.config, self.ppo, self.runtime = self.context.config, self.context.config.ppo, self.context.runtime
@@ -78,7 +85,8 @@ class Loop:
             if (step + 1) % self.config.commit.every == 0 and step + 1 < self.ppo.steps:
                 self.commit(step + 1)
         self.export()
-        return {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score"), "stopped_by": stopped_by}
+        result: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
+        return result | {"stopped_by": stopped_by} | self.text_losses()
 
     def sample(self, step: int) -> Pieces[Rollouts]:
         """This step's prompts and one reply to each."""
@@ -124,7 +132,7 @@ class Loop:
         self.controller = self.controller.updated(figures["kl"], self.ppo.batch)
 
     def pretraining_of(self, step: int) -> list[Dialogues]:
-        """One batch of dialogues per optimizer step for each policy rank, rank by rank; none without PPO-ptx."""
+        """One batch of text blocks per optimizer step for each policy rank, rank by rank; none without PPO-ptx."""
         if self.pretraining is None:
             return []
         ranks, updates = self.config.placement.policy.ranks, self.ppo.epochs * self.ppo.minibatches
@@ -132,6 +140,21 @@ class Loop:
             step_rows(self.pretraining.lengths, self.ppo.ptx_batch, step * updates + update, self.config.seed) for update in range(updates)
         ]
         return [self.pretraining.select(index[rank::ranks]).trimmed() for rank in range(ranks) for index in rows]
+
+    def text_losses(self) -> dict[str, float]:
+        """Nats per token of held-out pretraining text, of the policy as exported and of the SFT model; none without such text.
+
+        PPO makes a model forget what it was pretrained on; PPO-ptx is there to lower this loss (InstructGPT, 3.5 and 4.2)."""
+        if self.held_out_text is None:
+            return {}
+        text = filled_up(self.held_out_text, self.together)
+        tokens = int(text.mask.sum())
+        pieces = self.runtime.put(cut(text, self.together, self.config.engine.micro_batch))
+        found = {"pretraining_loss": self.roles.policy.logprobs(pieces), "pretraining_loss_sft": self.roles.reference.logprobs(pieces, 1.0)}
+        return {
+            name: -sum(float(piece.sum()) for piece in self.runtime.get(logprobs, "log-probs of held-out text")) / tokens
+            for name, logprobs in found.items()
+        }
 
     def resume(self) -> int:
         """Go on from the last commit; returns the step to run next."""
@@ -185,8 +208,23 @@ def _prompts(context: StageContext) -> Prompts:
 
 
 def _pretraining(context: StageContext) -> Dialogues | None:
+    """All pretraining text in blocks, for PPO-ptx; demonstrations are never used."""
     if context.config.ppo.ptx == 0:
         return None
-    longest = context.longest
-    fitting = [d for d in context.corpus.demonstrations[:4096] if len(context.chat.encode(d)[0]) <= longest]
-    return context.chat.dialogues(fitting)
+    if not context.corpus.texts:
+        raise RequestError(f"ppo.ptx={context.config.ppo.ptx:g}: the data hold no pretraining text; give some, or set ppo.ptx=0")
+    return blocks(context.corpus.texts, context.chat, context.longest)
+
+
+def _held_out_text(context: StageContext) -> Dialogues | None:
+    _, test = validation_and_test(context.corpus.held_out_texts)
+    return blocks(test, context.chat, context.longest).select(slice(0, MEASURED_BLOCKS)) if test else None
+
+
+def filled_up(rows: Dialogues, multiple: int) -> Dialogues:
+    """With as many rows without a token that counts as it takes for their number to be a multiple."""
+    missing = -len(rows) % multiple
+    if not missing:
+        return rows
+    empty = rows.select([0] * missing)
+    return Dialogues.join([rows, Dialogues(empty.tokens, empty.lengths, empty.mask & False)])
