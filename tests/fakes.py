@@ -12,7 +12,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from actors.batch import Comparisons, Dialogues, Experience, Rollouts
-from actors.models import LanguageModel, ScalarModel, new_causal_lm, save_model
+from actors.models import LanguageModel, ScalarModel, initial_spread, new_causal_lm, save_model
 from conf.schema import Config
 from orchestration import config as configuration
 
@@ -33,13 +33,14 @@ def with_section(config: Config, name: str, **values: Any) -> Config:
     return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
 
 
-def tiny_lm(seed: int = 0, contrast: float = 6.0):
-    """A causal LM of width 16 whose weights are large enough that its distributions are far from uniform."""
-    lm = new_causal_lm(smoke().scale, VOCABULARY, seed, 0.0, END, PAD).eval()
+def tiny_lm(seed: int = 0, spread: float = 0.12):
+    """A causal LM whose weights have a standard deviation of `spread`: large enough that its distributions are far from uniform."""
+    scale = smoke().scale
+    lm = new_causal_lm(scale, VOCABULARY, seed, 0.0, END, PAD).eval()
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(contrast)
+                parameter.mul_(spread / initial_spread(scale.width))
     return lm
 
 

@@ -10,9 +10,9 @@ from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.fitting import fitting_dialogues, fitting_judgements, fitting_prompts, shortened
 from orchestration.data.source import Judgement
 from orchestration.data.world.scenarios import demonstrations, prompts
-from tests.fakes import quickly
+from tests.fakes import quickly, smoke
 
-chat = Chat(learn_tokenizer(demonstrations(60, 0), 400))
+chat = Chat(learn_tokenizer(demonstrations(60, 0, smoke().data.flaws), 400))
 ROLES = ("user", "assistant", "tool")
 contexts = st.lists(st.tuples(st.sampled_from(ROLES), st.integers(1, 12)), min_size=1, max_size=6).map(
     lambda turns: Dialogue("d", tuple(Message(role, "x y" * size) for role, size in turns))
@@ -24,7 +24,7 @@ def size(context: Dialogue) -> int:
 
 
 def test_dialogues_that_fit_are_kept_whole_and_the_others_counted() -> None:
-    some = demonstrations(30, 1)
+    some = demonstrations(30, 1, smoke().data.flaws)
     lengths = [len(chat.encode(d)[0]) for d in some]
     longest = sorted(lengths)[14]
     kept, dropped = fitting_dialogues(some, chat, longest)
@@ -49,7 +49,7 @@ def test_a_context_loses_as_few_of_its_oldest_turns_as_must_go_and_starts_with_a
 
 
 def test_prompts_that_lost_turns_are_counted_and_those_that_cannot_fit_are_left_out() -> None:
-    some = prompts(40, 0, judging=False)
+    some = prompts(40, 0, smoke().data.flaws, judging=False)
     room = sorted(map(size, some))[20]
     found, changed = fitting_prompts(some, chat, room)
     assert all(size(context) <= room for context in found)
