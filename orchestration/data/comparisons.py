@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,23 +11,10 @@ import torch
 from actors.batch import Comparisons, pad_rows
 from orchestration.data.chat import Chat
 from orchestration.data.dialogues import Dialogue, from_list
-from orchestration.data.source import Judgement
+from orchestration.data.preferences import Comparison, Judgement
 
 TRAIN_FILE, HELD_OUT_FILE = "comparisons.jsonl", "heldout.jsonl"
 """What the stage `compare` leaves, and `reward_model` learns from."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Answers to one context. `ranks` is empty until somebody ranked them; 0 is best, equal ranks are ties."""
-
-    context: Dialogue
-    answers: tuple[str, ...]
-    finished: tuple[bool, ...]
-    ranks: tuple[int, ...] = ()
-
-    def ranked(self, ranks: Sequence[int]) -> Comparison:
-        return replace(self, ranks=tuple(ranks))
 
 
 def write(path: Path, comparisons: Sequence[Comparison]) -> None:
@@ -36,15 +22,19 @@ def write(path: Path, comparisons: Sequence[Comparison]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for c in comparisons:
             row = {"id": c.context.id, "context": c.context.as_list(), "answers": c.answers, "finished": c.finished, "ranks": c.ranks}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row | ({"margins": c.margins} if c.margins else {})) + "\n")
 
 
 def read(path: Path) -> list[Comparison]:
     """The inverse of `write`."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        Comparison(from_list(row["id"], row["context"]), tuple(row["answers"]), tuple(row["finished"]), tuple(row["ranks"])) for row in rows
-    ]
+        Comparison(
+            from_list(row["id"], row["context"]), tuple(row["answers"]), tuple(row["finished"]), tuple(row["ranks"]),
+            tuple(row.get("margins", ())),
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def write_judgements(path: Path, judgements: Sequence[Judgement]) -> None:

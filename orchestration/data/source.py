@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from conf.schema import Config, TaskmasterData, WorldData
+from conf.schema import Config
+from conf.sources import FilesData, WorldData
 from orchestration.data.dialogues import Dialogue
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One reply that a person judged."""
-
-    context: Dialogue
-    reply: str
-    good: bool
+from orchestration.data.preferences import Comparison, Judgement
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,20 @@ class Corpus:
     """Human judgements to learn from."""
     held_out_judgements: list[Judgement] = field(default_factory=list)
     """Human judgements to measure on."""
+    comparisons: list[Comparison] = field(default_factory=list)
+    """Recorded rankings to learn from."""
+    held_out_comparisons: list[Comparison] = field(default_factory=list)
+    """Recorded rankings to measure on."""
+    texts: list[str] = field(default_factory=list)
+    """Plain texts for language modelling without dialogue."""
+    held_out_texts: list[str] = field(default_factory=list)
+    """Plain texts to measure on."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each `Dialogue.source` in a mixture; empty where there is none."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """Where every row went, what is in the mixture and what is twice there, for summary.json."""
+    notes: list[str] = field(default_factory=list)
+    """The same as lines for the log."""
 
 
 class Source(Protocol):
@@ -56,7 +63,7 @@ def open_source(config: Config) -> Source:
         from orchestration.data.world.source import WorldSource
 
         return WorldSource(config.data, config.compare.heldout_prompts, config.evaluate.prompts, config.seed)
-    assert isinstance(config.data, TaskmasterData)
-    from orchestration.data.taskmaster import TaskmasterSource
+    assert isinstance(config.data, FilesData)
+    from orchestration.data.files import FilesSource
 
-    return TaskmasterSource(config.data, config.evaluate.prompts, config.seed)
+    return FilesSource(config.data, config.evaluate.prompts, config.seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 from actors.rollout import Sampling
 from orchestration import roles
 from orchestration.data import comparisons, labeler
-from orchestration.data.comparisons import Comparison
+from orchestration.data.preferences import Comparison
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError

@@ -8,7 +8,7 @@ from orchestration.data.chat import Chat, learn_tokenizer
 from orchestration.data.comparisons import encode_judgements
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.fitting import fitting_dialogues, fitting_judgements, fitting_prompts, shortened
-from orchestration.data.source import Judgement
+from orchestration.data.preferences import Judgement
 from orchestration.data.world.scenarios import demonstrations, prompts
 from tests.fakes import quickly
 
