@@ -316,7 +316,7 @@ def _preferences(config: Config) -> Iterable[str]:
             "one kind; leave out one of them"
         )
     if config.data.mix and not rankings | judgements:
-        yield f"data.mix: {', '.join(sorted(held))} hold no comparisons or judgements for stage={config.stage}; add a part, or use stage=sft"
+        yield f"data.mix: {', '.join(sorted(held))} hold no comparisons or judgements for stage={config.stage}; add some, or use stage=sft"
     if (rankings or judgements) and config.data.heldout_preferences == 0:
         yield "data.heldout_preferences=0: the reward model is measured on held-out preferences; keep some"
 

@@ -24,7 +24,7 @@ RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
 }  # fmt: skip
 INPUTS = {"sft": (), "compare": ("sft",), "reward_model": ("sft", "compare"), "ppo": ("sft", "reward_model"),
           "evaluate": ("sft", "reward_model", "ppo")}  # fmt: skip
-"""The earlier stages each stage starts from."""
+"""The earlier stages each stage starts from, unless `inputs_of` says otherwise."""
 SECTIONS = {
     "sft": ("seed", "scale", "model", "sft"),
     "compare": ("seed", "labeler", "compare"),
@@ -33,6 +33,18 @@ SECTIONS = {
     "evaluate": ("seed", "evaluate"),
 }
 """The settings that decide a stage's result. Ranks, memory, logging and deadlines do not."""
+
+
+def inputs_of(name: str, config: Config) -> tuple[str, ...]:
+    """The earlier stages whose results a stage starts from under these settings."""
+    not_needed = set()
+    if name == "reward_model" and config.labeler.kind == "recorded":  # the data hold the preferences
+        not_needed.add("compare")
+    if name == "reward_model" and config.reward_model.start == "model":
+        not_needed.add("sft")
+    if name == "compare" and config.labeler.kind == "recorded":
+        not_needed.add("sft")
+    return tuple(source for source in INPUTS[name] if source not in not_needed)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -53,9 +65,10 @@ def run(config: Config) -> dict[str, Any]:
     with ExitStack() as ending:
         ending.callback(shared.close)
         metrics = Metrics(config)
+        shared.say = metrics.say
         ending.callback(metrics.close)
         ran = [name for name in wanted if _run_stage(name, config, directory, shared, metrics)]
-    return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop())
+    return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop(), shared.report)
 
 
 def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> None:
@@ -68,10 +81,10 @@ def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Seque
     for name in wanted:
         if STAGES.index(name) >= first:
             continue
-        if all(source in directory.results() or _named(config, source) for source in INPUTS[name]):
+        if all(source in directory.results() or _named(config, source) for source in inputs_of(name, config)):
             directory.is_complete(name, identity(name, config, directory, shared))
     if config.stage != "all":
-        for source in INPUTS[config.stage]:
+        for source in inputs_of(config.stage, config):
             if config.rerun_from and STAGES.index(source) >= first:
                 raise RequestError(f"from={config.rerun_from}: it would discard stage {source!r}, which stage={config.stage} starts from")
             input_of(config, directory, config.stage, source)
@@ -93,10 +106,11 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
     """What decides a stage's result: its settings, the data, and the results it starts from."""
     settings = as_dict(config)
     inputs: dict[str, Any] = {"data": shared.source.fingerprint()}
-    for source in INPUTS[name]:
+    for source in inputs_of(name, config):
         named = {"sft": config.policy_checkpoint, "reward_model": config.reward_checkpoint}.get(source)
         inputs[source] = named or directory.output_of(source)
-    plain = {section: settings[section] for section in SECTIONS[name]}
+    sections = [*SECTIONS[name], *(["scale"] if name == "reward_model" and config.reward_model.start == "model" else [])]
+    plain = {section: settings[section] for section in sections}
     if "scale" in plain:  # a name and a way to shard are no part of the shape
         plain["scale"] = {key: value for key, value in plain["scale"].items() if key not in ("name", "zero_stage")}
     return json.loads(json.dumps({"settings": plain, "inputs": inputs}))
@@ -117,12 +131,13 @@ def _run_stage(name: str, config: Config, directory: RunDirectory, shared: Share
     return True
 
 
-def summarise(directory: RunDirectory, seconds: float, peak: int) -> dict[str, Any]:
-    """Write summary.json: headline figures by stage, for programs."""
+def summarise(directory: RunDirectory, seconds: float, peak: int, report: dict[str, Any]) -> dict[str, Any]:
+    """Write summary.json: headline figures by stage, and where the rows of the data went, for programs."""
     before = read_json(directory.path / "summary.json")
     summary = {
         "seconds": before.get("seconds", 0.0) + seconds,
         "peak_rss_bytes": max(before.get("peak_rss_bytes", 0), peak),
+        "data": report or before.get("data", {}),
         "stages": directory.results(),
     }
     write_json(directory.path / "summary.json", summary)

@@ -10,7 +10,7 @@ import torch
 
 from actors.batch import Comparisons, pad_rows
 from orchestration.data.chat import Chat
-from orchestration.data.dialogues import Dialogue, from_list
+from orchestration.data.dialogues import from_list
 from orchestration.data.preferences import Comparison, Judgement
 
 TRAIN_FILE, HELD_OUT_FILE = "comparisons.jsonl", "heldout.jsonl"

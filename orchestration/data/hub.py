@@ -23,6 +23,6 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
     except Exception as cause:  # the hub, the network and the files behind it fail in many ways
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
         raise RequestError(
-            f"data: the data set {name!r}, split {split!r}, cannot be read beyond row {number} ({first}); check name and split in data.mix, "
-            "and that the hub can be reached"
+            f"data: the data set {name!r}, split {split!r}, cannot be read beyond row {number} ({first}); check name and split in "
+            "data.mix, and that the hub can be reached"
         ) from cause

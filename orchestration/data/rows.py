@@ -137,12 +137,11 @@ def _paragraphs(file: Path, opened: BinaryIO, longest: int) -> Iterator[Row | Ba
     found: list[str] = []
     start = size = 0
     for row in _lines(file, opened, longest):
-        blank = isinstance(row, BadRow) or not row.value.strip()
-        if not blank:
+        if isinstance(row, Row) and row.value.strip():
             start = start if found else row.line
             size += len(row.value) + 1
             found.append(row.value)
-        if found and (blank or size > longest):
+        if found and (isinstance(row, BadRow) or not row.value.strip() or size > longest):
             yield Row(str(file), start, "\n".join(found)) if size <= longest else _too_long(file, start)
             found, size = [], 0
         if isinstance(row, BadRow):

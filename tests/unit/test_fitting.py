@@ -27,7 +27,7 @@ def test_dialogues_that_fit_are_kept_whole_and_the_others_counted() -> None:
     some = demonstrations(30, 1)
     lengths = [len(chat.encode(d)[0]) for d in some]
     longest = sorted(lengths)[14]
-    kept, dropped = fitting_dialogues(some, chat, longest)
+    kept, _, dropped = fitting_dialogues(some, chat, longest)
     assert kept == [d for d, length in zip(some, lengths, strict=True) if length <= longest]
     assert dropped == 30 - len(kept)
     assert 0 < dropped < 30

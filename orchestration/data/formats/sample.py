@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from orchestration.data.dialogues import ROLES, Dialogue, Message
@@ -62,7 +63,7 @@ def context(messages: Sequence[Message]) -> tuple[Message, ...]:
     Raises:
         ValueError: two assistant turns in a row.
     """
-    for number, (first, second) in enumerate(zip(messages, messages[1:], strict=False), start=1):
+    for number, (first, second) in enumerate(pairwise(messages), start=1):
         if first.role == second.role == "assistant":
             raise ValueError(f"two assistant turns in a row: turns {number} and {number + 1}")
     return tuple(messages)
