@@ -22,7 +22,7 @@ from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
-from orchestration.stages.starting import context_length, starting_chat, starting_model
+from orchestration.stages.start import context_length, starting_chat, starting_model
 
 DEMONSTRATIONS = 256
 """Demonstrations whose mean score sets the reward's zero."""
@@ -64,9 +64,9 @@ def _start(context: StageContext) -> tuple[Path, Chat, int]:
     config = context.config
     if config.reward_model.start == "sft":
         return context.input("sft"), context.chat, context.longest
-    chat = starting_chat(config, context.corpus.demonstrations)
+    chat = starting_chat(config, context.corpus)
     folder = context.directory.path / "start"
-    starting_model(config, chat).save_pretrained(folder)
+    starting_model(config, chat, 0.0).save_pretrained(folder)
     return folder, chat, context_length(config)
 
 

@@ -13,13 +13,13 @@ from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
-from orchestration.stages.starting import context_length, starting_chat, starting_model
+from orchestration.stages.start import context_length, starting_chat, starting_model
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Returns held-out loss per token and per character, and what was left out."""
     config, corpus = context.config, context.corpus
-    chat = starting_chat(config, corpus.demonstrations)
+    chat = starting_chat(config, corpus)
     fitted = fitting_dialogues(corpus.demonstrations, chat, context_length(config), config.sft.too_long)
     held_out, _, held_out_left_out = fitting_dialogues(corpus.held_out, chat, context_length(config))
     dialogues, mixture = mixed(fitted.kept, corpus.weights, config.seed)
@@ -30,7 +30,7 @@ def run(context: StageContext) -> dict[str, Any]:
             f"{context_length(config)} tokens; at least one and two are needed: give more data, or a larger scale.context"
         )
     start = context.directory.path / "start"
-    starting_model(config, chat).save_pretrained(start)
+    starting_model(config, chat, config.sft.dropout).save_pretrained(start)
     task = LanguageTask(
         config, str(start), chat.dialogues(dialogues), chat.dialogues(held_out[:middle]), chat.dialogues(held_out[middle:]),
         assistant_chars(held_out[middle:]),

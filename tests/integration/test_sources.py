@@ -48,7 +48,7 @@ def test_a_reward_model_is_learned_from_pairs_alone(chatray: Callable[..., Any],
     (source,) = found["data"]["sources"]
     assert source["read"] == 61 == source["used"] + source["held_out"] + source["skipped"] + source["duplicates"]
     assert source["skipped_rows"] == [f"{tmp_path / 'pairs.jsonl'}, line 61: 'chosen' is not text but int"]
-    assert "61 rows read" in done.stdout.replace("\n", " ")
+    assert "61 rows read" in done.stderr.replace("\n", " ")
 
 
 def test_sft_learns_from_a_mixture_and_reports_it(chatray: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,27 +1,31 @@
-"""What a stage starts from that has no stage before it: a chat format and a model."""
+"""What the first training stage starts from: the tokenizer, the model and its context."""
 
 from __future__ import annotations
 
 from actors.models import load_causal_lm, new_causal_lm
 from conf.schema import Config
 from orchestration.data.chat import Chat, learn_tokenizer, load_tokenizer
-from orchestration.data.dialogues import Dialogue
+from orchestration.data.source import Corpus
 from orchestration.errors import RequestError
 
 
-def starting_chat(config: Config, demonstrations: list[Dialogue]) -> Chat:
+def starting_chat(config: Config, corpus: Corpus) -> Chat:
     """The chat format to train with: the named tokenizer, the model's own, or one learned from the demonstrations."""
     named = config.model.tokenizer or config.model.path
     if named:
         return Chat(load_tokenizer(named, "model.tokenizer" if config.model.tokenizer else "model.path"))
-    return Chat(learn_tokenizer(demonstrations, config.scale.vocabulary))
+    return Chat(learn_tokenizer(corpus.demonstrations, config.scale.vocabulary))
 
 
-def starting_model(config: Config, chat: Chat):
-    """The named model, or one of the scale's shape with random weights."""
+def starting_model(config: Config, chat: Chat, dropout: float):
+    """The named model, or one of the scale's shape with random weights.
+
+    Raises:
+        RequestError: no causal LM can be loaded from `model.path`, or the tokenizer has more tokens than it knows.
+    """
     vocabulary = len(chat.tokenizer)
     if config.model.path is None:
-        return new_causal_lm(config.scale, vocabulary, config.seed, config.sft.dropout, chat.end, chat.pad)
+        return new_causal_lm(config.scale, vocabulary, config.seed, dropout, chat.end, chat.pad)
     try:
         lm = load_causal_lm(config.model.path)
     except (OSError, ValueError) as cause:
