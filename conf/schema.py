@@ -7,25 +7,15 @@ every mistake at once. Units: learning rates per optimizer step, times in second
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, Field
+from pydantic import Field
 
-Positive = Annotated[float, Gt(0), AllowInfNan(False)]
-NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
-Share = Annotated[float, Ge(0), Le(1)]
-Count = Annotated[int, Ge(1)]
-Whole = Annotated[int, Ge(0)]
+from conf.settings import Count, NotNegative, Positive, Settings, Share, Whole
+from conf.sources import FilesData, WorldData
 
 STAGES = ("pretrain", "sft", "compare", "reward_model", "ppo", "evaluate")
-
-
-class Settings:
-    """Base of every section: a key that is not a field is an error."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-    """How pydantic reads a section."""
 
 
 @dataclass(frozen=True)
@@ -115,68 +105,6 @@ class Engine(Settings):
 
 
 @dataclass(frozen=True)
-class Flaws(Settings):
-    """How often the embedded world's people write imperfect demonstrations; probabilities."""
-
-    opener: Share
-    """An empty phrase before the answer."""
-    closer: Share
-    """An empty phrase after the answer."""
-    agrees_with_false_premise: Share
-    """Goes along with a question whose premise is false."""
-    contradicts_true_premise: Share
-    """Denies a premise that is true."""
-    guesses_unknown: Share
-    """Invents an answer that it cannot know."""
-    forgets: Share
-    """Claims not to know what it was told."""
-    helps_with_harm: Share
-    """Answers a request that should be refused."""
-    refuses_harmless: Share
-    """Refuses a harmless request."""
-    stonewalls: Share
-    """Does not admit a mistake when corrected."""
-    apologises_needlessly: Share
-    """Admits a mistake that was not made."""
-    wrong_fact: Share
-    """Gets a fact wrong."""
-
-
-@dataclass(frozen=True)
-class WorldData(Settings):
-    """The embedded world (no files needed)."""
-
-    kind: Literal["world"]
-    """Source of the dialogues."""
-    demonstrations: Count
-    """Conversations to learn from."""
-    heldout: Count
-    """Further conversations for the held-out loss."""
-    prompts: Count
-    """Conversations that prompts for comparisons and PPO are drawn from."""
-    texts: Whole
-    """Documents of plain text to pretrain on and to mix into PPO (`ppo.ptx`); a tenth as many more are held out."""
-    flaws: Flaws
-    """How people err."""
-
-
-@dataclass(frozen=True)
-class TaskmasterData(Settings):
-    """Taskmaster-4 coffee dialogues and human judgements, from files."""
-
-    kind: Literal["taskmaster"]
-    """Source of the dialogues."""
-    path: str | None
-    """The folder that holds `data/*.json.gz` and `reward/*.json.gz`."""
-    heldout: Count
-    """Dialogues kept for the held-out loss and as held-out contexts."""
-    heldout_judgements: Count
-    """Human judgements kept for the reward model's AUC; whole conversations are kept together."""
-    tool_response_chars: Annotated[int, Ge(16)]
-    """Longest API response shown in a context, in characters; the rest of it is left out from its middle."""
-
-
-@dataclass(frozen=True)
 class Labeler(Settings):
     """Who ranks sampled answers."""
 
@@ -225,6 +153,8 @@ class SFT(Learning):
     """Optimizer steps at most."""
     dropout: Annotated[float, Ge(0), Lt(1)]
     """Dropout while fine-tuning (InstructGPT: 0.2); all later stages run without."""
+    too_long: Literal["drop", "keep_end"]
+    """A dialogue longer than the context: `drop` leaves it out, `keep_end` leaves out its oldest turns, whole turns only."""
     packing: bool
     """Put several dialogues of a step in one row, without attention between them: less padding, the same loss and gradients."""
     pack_length: Count | None
@@ -253,6 +183,8 @@ class Compare(Settings):
 class RewardModel(Learning):
     """Learning a reward from comparisons or judgements."""
 
+    start: Literal["sft", "model"]
+    """`sft`: the SFT model. `model`: what `model` names, or random weights and a tokenizer learned from the data; needs no SFT stage."""
     steps: Count
     """Optimizer steps at most."""
     epochs: Count
@@ -417,7 +349,7 @@ class Config(Settings):
     """Ranks and resources."""
     engine: Engine
     """DeepSpeed."""
-    data: Annotated[WorldData | TaskmasterData, Field(discriminator="kind")]
+    data: Annotated[WorldData | FilesData, Field(discriminator="kind")]
     """Dialogues, prompts and judgements."""
     labeler: Labeler
     """Who ranks."""

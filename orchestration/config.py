@@ -26,11 +26,19 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 import conf
-from conf.schema import Config, TaskmasterData, WorldData
+from conf.schema import Config
+from conf.sources import FilesData, Part, WorldData
 from orchestration.errors import RequestError
 
 FOLDER = Path(conf.__file__).resolve().parent
 ALIASES = {"from": "rerun_from"}
+SUFFIXES = {
+    "rows": (".jsonl", ".ndjson", ".json"),
+    "taskmaster": (".json", ".jsonl"),
+    "text": (".txt", ".jsonl", ".ndjson", ".json"),
+    "dataset": (".parquet", ".arrow", ".jsonl", ".ndjson", ".json"),
+}
+"""Names of the files that are read from a folder, by format; each may end in .gz besides."""
 ROLES = ("policy", "critic", "reference", "reward", "rollout")
 
 
@@ -116,11 +124,11 @@ def _typed(plain: dict[str, Any], mistakes: list[str]) -> Config | None:
         # JSON mode: strict about types (no "3" for 3), yet a dict may become a dataclass
         return TypeAdapter(Config).validate_json(json.dumps(plain), strict=True)
     except ValidationError as found:
-        source = {"world": WorldData, "taskmaster": TaskmasterData}.get(str((plain.get("data") or {}).get("kind")), WorldData)
+        source = {"world": WorldData, "files": FilesData}.get(str((plain.get("data") or {}).get("kind")), WorldData)
         known = [name for name in leaves(Config) if not name.startswith("data.")] + list(leaves(source, "data."))
         for error in found.errors():
             # the tag of a union appears in the location but is no key
-            key = ".".join(str(part) for part in error["loc"] if part not in ("world", "taskmaster"))
+            key = ".".join(str(part) for part in error["loc"] if part not in ("world", "files"))
             key = next((alias for alias, name in ALIASES.items() if name == key), key)
             if error["type"] == "missing":
                 mistakes.append(f"{key}: needed, but nothing gives it a value (was it deleted, or its group changed by hand?)")
@@ -143,9 +151,11 @@ def leaves(section: type, prefix: str = "") -> Iterable[str]:
 
 
 def _sections_of(section: type, name: str) -> list[type]:
-    from typing import get_args, get_type_hints
+    from typing import get_args, get_origin, get_type_hints
 
     hint = get_type_hints(section)[name]
+    if get_origin(hint) is tuple or type(None) in get_args(hint):  # a list, or a section that may be left out: set as a whole
+        return []
     options = [hint, *get_args(hint)]
     return [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
 
@@ -159,9 +169,15 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
     def if_local(name: str | None) -> str | None:  # a hub name stays as it is
         return resolved(name) if name and (base / name).exists() else name
 
+    def located(part: Part, folder: str | None) -> Part:
+        path = str(Path(folder or base, part.path).resolve()) if part.path else folder
+        return dataclasses.replace(part, path=path, name=if_local(part.name))
+
     data = config.data
-    if isinstance(data, TaskmasterData):
-        data = dataclasses.replace(data, path=resolved(data.path))
+    if isinstance(data, FilesData):
+        path = resolved(data.path)
+        pretrain = located(data.pretrain, path) if data.pretrain else None
+        data = dataclasses.replace(data, path=path, mix=tuple(located(part, path) for part in data.mix), pretrain=pretrain)
     model = dataclasses.replace(config.model, path=if_local(config.model.path), tokenizer=if_local(config.model.tokenizer))
     return dataclasses.replace(
         config, run_dir=str((base / config.run_dir).resolve()), data=data, model=model,
@@ -217,14 +233,8 @@ def _ranks(config: Config) -> Iterable[str]:
 
 
 def _files(config: Config) -> Iterable[str]:
-    data = config.data
-    if isinstance(data, TaskmasterData):
-        if data.path is None:
-            yield "data.path: needed; the folder of Taskmaster-4 that holds data/ and reward/"
-        else:
-            for part in ("data", "reward"):
-                if not list((Path(data.path) / part).glob("*.json*")):
-                    yield f"data.path={data.path}: there is no {part}/*.json or {part}/*.json.gz in it"
+    if isinstance(config.data, FilesData):
+        yield from _parts(config.data)
     for name in ("policy_checkpoint", "reward_checkpoint"):
         path = getattr(config, name)
         if path and path.startswith(("/", "./", "../")) and not (Path(path) / "config.json").exists():
@@ -239,8 +249,11 @@ def _files(config: Config) -> Iterable[str]:
 
 
 def _pretraining(config: Config) -> Iterable[str]:
-    has_text = isinstance(config.data, WorldData) and config.data.texts > 0
-    source = "data.texts=0" if isinstance(config.data, WorldData) else f"data={config.data.kind}, which has none"
+    if isinstance(config.data, WorldData):
+        has_text, source = config.data.texts > 0, "data.texts=0"
+    else:
+        has_text = config.data.pretrain is not None or any("text" in (part.format, part.columns) for part in config.data.mix)
+        source = "data.pretrain=null"
     if config.pretrain.steps and not has_text:
         yield f"pretrain.steps={config.pretrain.steps}: there is no text to pretrain on ({source}); give some, or set pretrain.steps=0"
     if config.ppo.ptx > 0 and not has_text:
@@ -251,17 +264,79 @@ def _pretraining(config: Config) -> Iterable[str]:
     for setting, value in (("stage", config.stage), ("from", config.rerun_from)):
         if value == "pretrain" and not config.pretrain.steps:
             yield f"{setting}=pretrain: pretrain.steps=0 leaves that stage out; set pretrain.steps above 0"
+def _parts(data: FilesData) -> Iterable[str]:
+    if not data.mix:
+        yield "data.mix=[]: at least one part is needed, for example data.mix='[{format: messages}]'"
+    for number, part in enumerate(data.mix):
+        yield from _part(part, f"data.mix[{number}]", data.path)
+    if data.pretrain is not None:
+        yield from _part(data.pretrain, "data.pretrain", data.path)
+        if "text" not in (data.pretrain.format, data.pretrain.columns):
+            yield f"data.pretrain.format={data.pretrain.format}: plain text is needed; use format: text, or a dataset with columns: text"
+
+
+def _part(part: Part, setting: str, shorthand: str | None) -> Iterable[str]:
+    if part.format == "dataset":
+        if not part.name or not part.columns:
+            yield f"{setting}: format dataset needs a name and columns, for example {{format: dataset, name: squad, columns: messages}}"
+        elif Path(part.name).exists() and not part_files(part)[""]:
+            yield f"{setting}.name={part.name}: there is no {', '.join(f'*{suffix}' for suffix in SUFFIXES['dataset'])} in it"
+        return
+    if part.path is None:
+        yield f"{'data.path' if shorthand is None else setting}: needed; the file or folder with rows of format {part.format} for {setting}"
+        return
+    named = "data.path" if part.path == shorthand else f"{setting}.path"
+    for folder, files in part_files(part).items():
+        if not files:
+            below = f"{folder}/" if folder else ""
+            wanted = " or ".join(f"{below}*{suffix}" for suffix in SUFFIXES.get(part.format, SUFFIXES["rows"]))
+            yield f"{named}={part.path}: there is no {wanted} in it, plain or gzipped"
+
+
+def part_files(part: Part) -> dict[str, list[Path]]:
+    """The local files of a part in order, by the folder below its path; Taskmaster has two. A data set on the hub has none."""
+    place = Path((part.name if part.format == "dataset" else part.path) or ".")
+    suffixes = SUFFIXES.get(part.format, SUFFIXES["rows"])
+    if place.is_file():
+        return {"": [place]}
+    folders = ("data", "reward") if part.format == "taskmaster" else ("",)
+    return {folder: sorted(f for f in (place / folder).glob("*") if _suffix(f) in suffixes and f.is_file()) for folder in folders}
+
+
+def _suffix(file: Path) -> str:
+    """Without the .gz of a packed file."""
+    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
 
 
 def _choices(config: Config) -> Iterable[str]:
+    yield from _preferences(config)
     if config.labeler.kind == "simulated" and not isinstance(config.data, WorldData):
         yield "labeler=simulated: it can rank answers in the embedded world only; use labeler=recorded with this data"
     if config.labeler.kind == "recorded" and isinstance(config.data, WorldData):
         yield "labeler=recorded: the embedded world has no recorded judgements; use labeler=simulated"
+    if config.labeler.kind == "simulated" and config.reward_model.start == "model":
+        yield "reward_model.start=model: simulated labellers rank what the SFT model sampled; use reward_model.start=sft"
     if config.logging.wandb == "online" and not os.environ.get("WANDB_API_KEY") and not (Path.home() / ".netrc").exists():
         yield "logging.wandb=online: no WANDB_API_KEY in the environment; log in, or use logging.wandb=offline"
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         yield "logging.tensorboard=true: the package tensorboard is not installed; pip install tensorboard"
+
+
+def _preferences(config: Config) -> Iterable[str]:
+    """Whether files hold what the asked stages learn preferences from, and one kind of it."""
+    if not isinstance(config.data, FilesData) or config.stage not in ("all", "compare", "reward_model"):
+        return
+    held = {part.columns or part.format for part in config.data.mix}
+    rankings, judgements = held & {"hh", "rankings"}, held & {"taskmaster"}
+    if rankings and judgements:
+        yield (
+            f"data.mix: {', '.join(sorted(rankings))} hold comparisons and taskmaster holds judgements, and one reward model learns from "
+            "one kind; leave out one of them"
+        )
+    if config.data.mix and not rankings | judgements:
+        yield f"data.mix: {', '.join(sorted(held))} hold no comparisons or judgements for stage={config.stage}; add some, or use stage=sft"
+    if (rankings or judgements) and config.data.heldout_preferences == 0:
+        yield "data.heldout_preferences=0: the reward model is measured on held-out preferences; keep some"
 
 
 def as_dict(config: Config) -> dict[str, Any]:

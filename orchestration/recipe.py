@@ -25,7 +25,7 @@ RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
 }  # fmt: skip
 INPUTS = {"pretrain": (), "sft": ("pretrain",), "compare": ("sft",), "reward_model": ("sft", "compare"), "ppo": ("sft", "reward_model"),
           "evaluate": ("sft", "reward_model", "ppo")}  # fmt: skip
-"""The earlier stages each stage starts from, where they are part of the run."""
+"""The earlier stages each stage starts from, unless `inputs_of` says otherwise."""
 SECTIONS = {
     "pretrain": ("seed", "scale", "model", "pretrain"),
     "sft": ("seed", "scale", "model", "sft"),
@@ -44,9 +44,16 @@ def stages_of(config: Config) -> tuple[str, ...]:
     return STAGES if config.pretrain.steps else tuple(name for name in STAGES if name != "pretrain")
 
 
-def inputs_of(name: str, config: Config) -> list[str]:
-    """The earlier stages that this one starts from."""
-    return [source for source in INPUTS[name] if source in stages_of(config)]
+def inputs_of(name: str, config: Config) -> tuple[str, ...]:
+    """The earlier stages whose results a stage starts from under these settings."""
+    not_needed = set(STAGES) - set(stages_of(config))
+    if name == "reward_model" and config.labeler.kind == "recorded":  # the data hold the preferences
+        not_needed.add("compare")
+    if name == "reward_model" and config.reward_model.start == "model":
+        not_needed.add("sft")
+    if name == "compare" and config.labeler.kind == "recorded":
+        not_needed.add("sft")
+    return tuple(source for source in INPUTS[name] if source not in not_needed)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -67,9 +74,10 @@ def run(config: Config) -> dict[str, Any]:
     with ExitStack() as ending:
         ending.callback(shared.close)
         metrics = Metrics(config)
+        shared.say = metrics.say
         ending.callback(metrics.close)
         ran = [name for name in wanted if _run_stage(name, config, directory, shared, metrics)]
-    return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop())
+    return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop(), shared.report)
 
 
 def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> None:
@@ -110,7 +118,8 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
     for source in inputs_of(name, config):
         named = {"sft": config.policy_checkpoint, "reward_model": config.reward_checkpoint}.get(source)
         inputs[source] = named or directory.output_of(source)
-    plain = {section: settings[section] for section in SECTIONS[name]}
+    sections = [*SECTIONS[name], *(["scale"] if name == "reward_model" and config.reward_model.start == "model" else [])]
+    plain = {section: settings[section] for section in sections}
     for section in plain.keys() & NO_PART.keys():
         plain[section] = {key: value for key, value in plain[section].items() if key not in NO_PART[section]}
     return json.loads(json.dumps({"settings": plain, "inputs": inputs}))
@@ -131,12 +140,13 @@ def _run_stage(name: str, config: Config, directory: RunDirectory, shared: Share
     return True
 
 
-def summarise(directory: RunDirectory, seconds: float, peak: int) -> dict[str, Any]:
-    """Write summary.json: headline figures by stage, for programs."""
+def summarise(directory: RunDirectory, seconds: float, peak: int, report: dict[str, Any]) -> dict[str, Any]:
+    """Write summary.json: headline figures by stage, and where the rows of the data went, for programs."""
     before = read_json(directory.path / "summary.json")
     summary = {
         "seconds": before.get("seconds", 0.0) + seconds,
         "peak_rss_bytes": max(before.get("peak_rss_bytes", 0), peak),
+        "data": report or before.get("data", {}),
         "stages": directory.results(),
     }
     write_json(directory.path / "summary.json", summary)

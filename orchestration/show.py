@@ -14,6 +14,7 @@ from conf.schema import Config
 from orchestration.data import comparisons
 from orchestration.data.chat import Chat, load_tokenizer
 from orchestration.data.dialogues import Dialogue
+from orchestration.data.preferences import Comparison
 from orchestration.data.source import Corpus, open_source
 from orchestration.errors import RequestError
 from orchestration.run_directory import RunDirectory, sealed
@@ -82,22 +83,26 @@ def samples_of(config: Config, corpus: Corpus, chat: Chat, which: str, index: in
 
 
 def _comparison(config: Config, corpus: Corpus, chat: Chat, index: int) -> list[Sample]:
-    """Ranked answers from the run's compare stage, or a recorded judgement."""
+    """A recorded judgement or ranking, or one from the run's compare stage."""
     if corpus.judgements:
         judged = _at(corpus.judgements, "comparisons", index)
         rows = comparisons.encode_judgements(chat, [judged])
         verdicts = ["good" if judged.good else "bad"]
     else:
-        file = RunDirectory(Path(config.run_dir), 1).path / "round_01" / "compare" / "checkpoint" / comparisons.TRAIN_FILE
-        if not file.exists():
-            raise RequestError(f"set=comparisons: none were ranked in run_dir={config.run_dir} yet; run stage=compare first")
-        ranked = _at(comparisons.read(file), "comparisons", index)
+        ranked = _at(corpus.comparisons or _ranked_in(config), "comparisons", index)
         rows = comparisons.encode_rankings(chat, [ranked])
         verdicts = [f"rank {rank} of {len(ranked.ranks)} (0 is best)" for rank in ranked.ranks]
     return [
         Sample(f"comparisons {index}: {verdict}", tokens[:length].tolist(), mask[:length].tolist())
         for tokens, length, mask, verdict in zip(rows.tokens, rows.lengths.tolist(), rows.mask, verdicts, strict=True)
     ]
+
+
+def _ranked_in(config: Config) -> list[Comparison]:
+    file = RunDirectory(Path(config.run_dir), 1).path / "round_01" / "compare" / "checkpoint" / comparisons.TRAIN_FILE
+    if not file.exists():
+        raise RequestError(f"set=comparisons: none were ranked in run_dir={config.run_dir} yet; run stage=compare first")
+    return comparisons.read(file)
 
 
 def _at(rows: Sequence, which: str, index: int):

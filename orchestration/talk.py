@@ -40,7 +40,7 @@ def talk(run: Path, stage: str, temperature: float, seed: int) -> None:
         if not text:
             history = ()
             continue
-        fitting, _ = fitting_prompts([Dialogue("chat", (*history, Message("user", text)))], chat, room)
+        fitting, _, _ = fitting_prompts([Dialogue("chat", (*history, Message("user", text)))], chat, room)
         if not fitting:
             print(f"(too long for this model: at most {room} tokens)")
             continue

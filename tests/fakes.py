@@ -14,6 +14,7 @@ from torch import Tensor
 from actors.batch import Comparisons, Dialogues, Experience, Rollouts
 from actors.models import LanguageModel, ScalarModel, initial_spread, new_causal_lm, save_model
 from conf.schema import Config
+from conf.sources import FilesData, Part
 from orchestration import config as configuration
 
 VOCABULARY, END, PAD = 40, 1, 0
@@ -31,6 +32,15 @@ def smoke(*overrides: str) -> Config:
 def with_section(config: Config, name: str, **values: Any) -> Config:
     """The configuration with some settings of one section replaced."""
     return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
+
+
+def files_data(*parts: dict[str, Any], **changes: Any) -> FilesData:
+    """Settings of file sources that refuse bad rows and hold two dialogues out."""
+    given: dict[str, Any] = {
+        "path": None, "heldout": 2, "heldout_preferences": 0, "on_bad_row": "refuse", "longest_row_mb": 1.0, "near_duplicate": 0.8,
+        "drop_duplicates": False, "tool_response_chars": 160,
+    }  # fmt: skip
+    return FilesData("files", mix=tuple(Part(**part) for part in parts), **given | changes)
 
 
 def tiny_lm(seed: int = 0, spread: float = 0.12):

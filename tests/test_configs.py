@@ -21,11 +21,11 @@ GROUP_CHOICES = [(group, name) for group, names in configuration.groups().items(
 
 
 @pytest.fixture
-def taskmaster(tmp_path: Path) -> str:
-    """A folder with the layout of Taskmaster-4; its files are empty, and composing reads none of them."""
-    for part in ("data", "reward"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "x.json.gz").touch()
+def files(tmp_path: Path) -> str:
+    """A folder with the layouts of all shipped file sources; its files are empty, and composing reads none of them."""
+    for name in ("data", "reward", "taskmaster-4/data", "taskmaster-4/reward", ".", "self-instruct"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "x.json.gz").touch()
     return str(tmp_path)
 
 
@@ -33,22 +33,23 @@ def read(file: Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def overrides_for(experiment: str, taskmaster: str) -> list[str]:
-    needs_files = any("taskmaster" in entry.values() for entry in read(FOLDER / "experiment" / f"{experiment}.yaml")["defaults"])
-    return [f"experiment={experiment}", *([f"data.path={taskmaster}"] if needs_files else [])]
+def overrides_for(experiment: str, files: str) -> list[str]:
+    needs_files = any("override /data" in entry for entry in read(FOLDER / "experiment" / f"{experiment}.yaml")["defaults"])
+    return [f"experiment={experiment}", *([f"data.path={files}"] if needs_files else [])]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes(experiment: str, taskmaster: str) -> None:
-    config = configuration.load(overrides_for(experiment, taskmaster))
+def test_every_experiment_composes(experiment: str, files: str) -> None:
+    config = configuration.load(overrides_for(experiment, files))
     assert config.experiment == experiment
     assert Path(config.run_dir).name == experiment
 
 
 @pytest.mark.parametrize(("group", "name"), GROUP_CHOICES)
-def test_every_choice_of_every_group_composes(group: str, name: str, taskmaster: str) -> None:
-    experiment = "taskmaster_coffee" if name in ("taskmaster", "recorded") else "quickstart"
-    config = configuration.load([*overrides_for(experiment, taskmaster), f"{group}={name}"])
+def test_every_choice_of_every_group_composes(group: str, name: str, files: str) -> None:
+    experiment = "taskmaster_coffee" if (group == "data" and name != "world") or name == "recorded" else "quickstart"
+    stage = ["stage=sft"] if name == "instructions" else []  # it holds no preferences
+    config = configuration.load([*overrides_for(experiment, files), f"{group}={name}", *stage])
     chosen = configuration.as_dict(config)[group] if group != "experiment" else {}
     given = read(FOLDER / group / f"{name}.yaml") if group in ("placement", "labeler") else {}
     assert {key: chosen[key] for key in given} == given
@@ -106,7 +107,7 @@ def is_text(node: ast.stmt | None) -> bool:
 
 
 def test_every_setting_is_documented_beneath_itself() -> None:
-    source = (FOLDER / "schema.py").read_text(encoding="utf-8")
+    source = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("settings.py", "sources.py", "schema.py"))
     assert source.count('"""') > 100
     assert settings_without_doc(source) == []
 

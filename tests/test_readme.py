@@ -45,13 +45,13 @@ def make_targets() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, str]:
-    """Stand-ins for the folders that the documents name: Taskmaster-4's, and a Hugging Face checkpoint."""
-    for part in ("data", "reward"):
-        (tmp_path / "taskmaster" / part).mkdir(parents=True)
-        (tmp_path / "taskmaster" / part / "x.json.gz").touch()
+    """Stand-ins for the folders that the documents name: every shipped set's, and a Hugging Face checkpoint."""
+    for part in (".", "data", "reward", "taskmaster-4/data", "taskmaster-4/reward", "self-instruct"):
+        (tmp_path / "sets" / part).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sets" / part / "x.json.gz").touch()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    return {"data.path": str(tmp_path / "taskmaster"), **{name: str(tmp_path / "model") for name in FOLDER_SETTINGS}}
+    return {"data.path": str(tmp_path / "sets"), **{name: str(tmp_path / "model") for name in FOLDER_SETTINGS}}
 
 
 def stood_in(word: str, folders: dict[str, str]) -> str:

@@ -11,8 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from orchestration.data.comparisons import Comparison
-from orchestration.data.source import Judgement
+from orchestration.data.preferences import Comparison, Judgement
 
 NGRAMS = (1, 5)
 

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from actors.batch import Comparisons, pad_rows
 from orchestration.data.chat import Chat
-from orchestration.data.dialogues import Dialogue, from_list
-from orchestration.data.source import Judgement
+from orchestration.data.dialogues import from_list
+from orchestration.data.preferences import Comparison, Judgement
 
 TRAIN_FILE, HELD_OUT_FILE = "comparisons.jsonl", "heldout.jsonl"
 """What the stage `compare` leaves, and `reward_model` learns from."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Answers to one context. `ranks` is empty until somebody ranked them; 0 is best, equal ranks are ties."""
-
-    context: Dialogue
-    answers: tuple[str, ...]
-    finished: tuple[bool, ...]
-    ranks: tuple[int, ...] = ()
-
-    def ranked(self, ranks: Sequence[int]) -> Comparison:
-        return replace(self, ranks=tuple(ranks))
 
 
 def write(path: Path, comparisons: Sequence[Comparison]) -> None:

@@ -26,6 +26,8 @@ class Message:
 class Dialogue:
     id: str
     messages: tuple[Message, ...]
+    source: str = ""
+    """The part of a mixture that it belongs to."""
 
     def assistant_turns(self) -> list[int]:
         """Indices of the messages the assistant wrote, without those that are part of the task."""

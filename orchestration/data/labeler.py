@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from orchestration.data.comparisons import Comparison
+from orchestration.data.preferences import Comparison
 from orchestration.data.world.gold import grade
 
 

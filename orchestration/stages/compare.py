@@ -1,6 +1,6 @@
 """Stage 2, comparisons: a model-written turn of a conversation is picked, K alternatives are sampled, and somebody ranks them.
 
-With recorded judgements there is nothing to sample: the stage hands on what people judged.
+With recorded preferences there is nothing to sample: the stage hands on what people ranked or judged.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from actors.rollout import Sampling
 from orchestration import roles
 from orchestration.data import comparisons, labeler
-from orchestration.data.comparisons import Comparison
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.fitting import fitting_prompts
+from orchestration.data.preferences import Comparison
 from orchestration.errors import RequestError
 from orchestration.stages.context import StageContext
 from orchestration.stages.sampling import Sampler
@@ -35,33 +35,39 @@ def run(context: StageContext) -> dict[str, float]:
     started = roles.start(context.runtime, context.config, {"rollout": str(context.input("sft"))})
     try:
         sampler = Sampler(context.runtime, started, context.chat, context.config.placement.rollout.ranks, SAMPLING_PIECE)
-        train = _sampled(context, sampler, context.corpus.prompts, config.prompts, "train")
-        held_out = _sampled(context, sampler, context.corpus.comparison_prompts, config.heldout_prompts, "heldout")
+        train, lost = _sampled(context, sampler, context.corpus.prompts, config.prompts, "train")
+        held_out, held_out_lost = _sampled(context, sampler, context.corpus.comparison_prompts, config.heldout_prompts, "heldout")
     finally:
         context.runtime.stop()
-    return _labelled(context, train, held_out)
+    return _labelled(context, train, held_out) | {name: lost[name] + held_out_lost[name] for name in lost}
 
 
-def _sampled(context: StageContext, sampler: Sampler, prompts: Sequence[Dialogue], count: int, name: str) -> list[Comparison]:
-    """`count` unranked comparisons. Randomness is keyed by the prompt, so it does not depend on the batch."""
+def _sampled(
+    context: StageContext, sampler: Sampler, prompts: Sequence[Dialogue], count: int, name: str
+) -> tuple[list[Comparison], dict[str, int]]:
+    """`count` unranked comparisons, and how many prompts lost turns or were left out for the context's length.
+
+    Randomness is keyed by the prompt, so it does not depend on the batch.
+    """
     config = context.config
     room = context.longest - config.compare.max_new_tokens
-    fitting, _ = fitting_prompts(prompts, context.chat, room)
-    if not fitting:
+    fitted = fitting_prompts(prompts, context.chat, room)
+    if not fitted.kept:
         raise RequestError(
             f"data: none of the {len(prompts)} prompts leaves room for compare.max_new_tokens={config.compare.max_new_tokens}"
         )
     rng = random.Random(f"compare {name} {config.seed}")
-    chosen = rng.sample(fitting, min(count, len(fitting)))
+    chosen = rng.sample(fitted.kept, min(count, len(fitted.kept)))
     written = _model_written(chosen, sampler, config.compare.max_new_tokens, config.compare.temperature, config.seed, rng, name)
-    written, _ = fitting_prompts(written, context.chat, room)
+    written, shortened, left_out = fitting_prompts(written, context.chat, room)
     sizes = [rng.randint(config.compare.k_min, config.compare.k_max) for _ in written]
     asked = [(number, sample) for number, size in enumerate(sizes) for sample in range(size)]
     sampling = Sampling(config.compare.temperature, config.compare.max_new_tokens, config.seed, _step(name, 0))
     texts, finished = sampler.sample([written[n] for n, _ in asked], asked, sampling, f"{name} answers")
     done = len(written) + (config.compare.prompts if name == "heldout" else 0)
     context.metrics.record(done, {"comparisons": float(len(written)), "answers": float(len(texts))})
-    return _grouped(written, sizes, texts, finished)
+    lost = {"prompts_shortened": fitted.shortened + shortened, "prompts_left_out": fitted.left_out + left_out}
+    return _grouped(written, sizes, texts, finished), lost
 
 
 def _grouped(written: Sequence[Dialogue], sizes: Sequence[int], texts: list[str], finished: list[bool]) -> list[Comparison]:
@@ -134,12 +140,22 @@ def _labelled(context: StageContext, train: list[Comparison], held_out: list[Com
 def _recorded(context: StageContext) -> dict[str, float]:
     corpus = context.corpus
     context.metrics.begin("compare", 1)
+    ranked = corpus.ranked()
 
     def save(folder: Path) -> None:
-        comparisons.write_judgements(folder / comparisons.TRAIN_FILE, corpus.judgements)
-        comparisons.write_judgements(folder / comparisons.HELD_OUT_FILE, corpus.held_out_judgements)
+        for name, rankings, judged in (
+            (comparisons.TRAIN_FILE, corpus.comparisons, corpus.judgements),
+            (comparisons.HELD_OUT_FILE, corpus.held_out_comparisons, corpus.held_out_judgements),
+        ):
+            if ranked:
+                comparisons.write(folder / name, rankings)
+            else:
+                comparisons.write_judgements(folder / name, judged)
 
     context.directory.export(save)
+    if ranked:
+        answers = sum(len(c.answers) for c in corpus.comparisons)
+        return {"comparisons": len(corpus.comparisons), "answers": answers, "heldout_comparisons": len(corpus.held_out_comparisons)}
     return {
         "judgements": len(corpus.judgements),
         "good_share": sum(j.good for j in corpus.judgements) / len(corpus.judgements),

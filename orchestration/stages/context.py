@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -23,10 +24,19 @@ class Shared:
 
     def __init__(self, config: Config, source: Source, connect: Callable[[Config], Runtime]) -> None:
         self.config, self.source, self.connect = config, source, connect
+        self.say: Callable[[str], None] = print
 
     @cached_property
     def corpus(self) -> Corpus:
-        return self.source.load()
+        corpus = self.source.load()
+        for note in corpus.notes:
+            self.say(f"data: {note}")
+        return corpus
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Where the rows of the data went; empty while no stage has asked for them."""
+        return self.corpus.report if "corpus" in self.__dict__ else {}
 
     @cached_property
     def runtime(self) -> Runtime:

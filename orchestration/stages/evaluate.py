@@ -17,7 +17,7 @@ import torch
 
 from actors.batch import Rollouts
 from actors.rollout import Sampling
-from conf.schema import WorldData
+from conf.sources import WorldData
 from orchestration import roles
 from orchestration.data.dialogues import Dialogue
 from orchestration.data.fitting import fitting_prompts
@@ -49,7 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
     config, chat = context.config, context.chat
     sft, ppo = str(context.input("sft")), str(context.input("ppo"))
     room = context.longest - config.evaluate.max_new_tokens
-    contexts, shortened = fitting_prompts(context.corpus.judge_prompts, chat, room)
+    contexts, shortened, left_out = fitting_prompts(context.corpus.judge_prompts, chat, room)
     contexts = contexts[: config.evaluate.prompts]
     if not contexts:
         raise RequestError(f"evaluate.max_new_tokens={config.evaluate.max_new_tokens}: no held-out prompt leaves room for such a reply")
@@ -65,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
         context.metrics.record(4, {"score": float(answers["ppo"].scores.mean()), "kl": answers["ppo"].kl})
     finally:
         context.runtime.stop()
-    figures = _figures(answers) | {"prompts": len(contexts), "prompts_shortened": shortened}
+    figures = _figures(answers) | {"prompts": len(contexts), "prompts_shortened": shortened, "prompts_left_out": left_out}
     if isinstance(config.data, WorldData):
         figures |= _gold_figures(context, contexts, answers)
     context.directory.export(lambda folder: _write_conversations(folder, contexts, answers))

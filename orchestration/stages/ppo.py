@@ -22,6 +22,7 @@ from actors.batch import Dialogues, Experience, Prompts, Rollouts
 from actors.language_task import step_rows
 from actors.rollout import Sampling
 from orchestration import roles
+from orchestration.data.chat import load_tokenizer
 from orchestration.data.fitting import fitting_prompts
 from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
@@ -36,12 +37,13 @@ MEASURED_BLOCKS = 256
 def run(context: StageContext) -> dict[str, Any]:
     """Returns the last step's figures, and why the loop ended; with held-out text, both models' loss on it."""
     sft, reward = str(context.input("sft")), str(context.input("reward_model"))
-    prompts = _prompts(context)
+    _check_tokenizers(context)
+    prompts, lost = _prompts(context)
     checkpoints = {"policy": sft, "critic": reward, "reference": sft, "reward": reward, "rollout": sft}
     context.metrics.begin("ppo", context.config.ppo.steps)
     started = roles.start(context.runtime, context.config, checkpoints)
     try:
-        return Loop(context, started, prompts, _pretraining(context), _held_out_text(context)).run()
+        return Loop(context, started, prompts, _pretraining(context), _held_out_text(context)).run() | lost
     finally:
         context.runtime.stop()
 
@@ -194,17 +196,30 @@ class Loop:
         self.context.directory.export(save)
 
 
-def _prompts(context: StageContext) -> Prompts:
-    """All prompts that leave room for a reply, encoded once; the key of a prompt is its place among them."""
+def _check_tokenizers(context: StageContext) -> None:
+    """The reward model scores the policy's tokens: both must mean the same by them."""
+    path = context.input("reward_model")
+    if not (path / "tokenizer.json").exists():
+        return  # weights alone: there is nothing to compare
+    if load_tokenizer(str(path), "reward_checkpoint").get_vocab() != context.chat.tokenizer.get_vocab():
+        raise RequestError(
+            f"reward_checkpoint: the reward model in {path} was trained with another tokenizer than the SFT model, whose tokens it would "
+            "score; train it with reward_model.start=sft, or on the same data"
+        )
+
+
+def _prompts(context: StageContext) -> tuple[Prompts, dict[str, int]]:
+    """All prompts that leave room for a reply, encoded once, and what that took; the key of a prompt is its place among them."""
     config, chat = context.config, context.chat
     room = context.longest - config.ppo.max_new_tokens
-    fitting, _ = fitting_prompts(context.corpus.prompts, chat, room)
+    fitting, shortened, left_out = fitting_prompts(context.corpus.prompts, chat, room)
     if len(fitting) < config.ppo.batch:
         raise RequestError(
             f"ppo.batch={config.ppo.batch}: only {len(fitting)} of {len(context.corpus.prompts)} prompts leave room for "
             f"ppo.max_new_tokens={config.ppo.max_new_tokens}; lower ppo.batch, or give more prompts"
         )
-    return chat.prompts(fitting, [(number, 0) for number in range(len(fitting))])
+    lost = {"prompts_shortened": shortened, "prompts_left_out": left_out}
+    return chat.prompts(fitting, [(number, 0) for number in range(len(fitting))]), lost
 
 
 def _pretraining(context: StageContext) -> Dialogues | None:

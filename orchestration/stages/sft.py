@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from actors.language_task import LanguageTask
 from actors.models import keeps_packed_apart, load_causal_lm
@@ -11,6 +12,7 @@ from conf.schema import Config
 from orchestration.data.chat import Chat, load_tokenizer
 from orchestration.data.dialogues import Dialogue
 from orchestration.data.fitting import fitting_dialogues
+from orchestration.data.mixture import mixed
 from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
@@ -18,13 +20,14 @@ from orchestration.stages.context import StageContext
 from orchestration.stages.start import context_length, starting_chat, starting_model
 
 
-def run(context: StageContext) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, Any]:
     """Returns held-out loss per token and per character, and what was left out."""
     config, corpus = context.config, context.corpus
     scratch = context.directory.path / "start"
     chat, start = starting_point(context, scratch)
-    dialogues, dropped = fitting_dialogues(corpus.demonstrations, chat, context_length(config))
-    held_out, held_out_dropped = fitting_dialogues(corpus.held_out, chat, context_length(config))
+    fitted = fitting_dialogues(corpus.demonstrations, chat, context_length(config), config.sft.too_long)
+    held_out, _, held_out_left_out = fitting_dialogues(corpus.held_out, chat, context_length(config))
+    dialogues, mixture = mixed(fitted.kept, corpus.weights, config.seed)
     middle = len(held_out) // 2
     if not dialogues or not middle:
         raise RequestError(
@@ -40,7 +43,12 @@ def run(context: StageContext) -> dict[str, float]:
     result = run_training(config, task, context.directory, tail(context.directory.metrics, context.metrics.record))
     context.directory.extend(chat.save)
     shutil.rmtree(scratch, ignore_errors=True)
-    return result | {"dialogues": len(dialogues), "dialogues_too_long": dropped + held_out_dropped}
+    counts = {
+        "dialogues": len(dialogues),
+        "dialogues_shortened": fitted.shortened,
+        "dialogues_too_long": fitted.left_out + held_out_left_out,
+    }
+    return result | counts | ({"mixture": mixture} if mixture else {})
 
 
 def starting_point(context: StageContext, scratch: Path) -> tuple[Chat, Path]:

@@ -9,9 +9,8 @@ from sklearn.metrics import roc_auc_score
 
 from actors.preference_task import auc
 from orchestration.data.baselines import tfidf_judgement_auc, tfidf_judgement_scores, tfidf_pairwise_accuracy
-from orchestration.data.comparisons import Comparison
 from orchestration.data.dialogues import Dialogue, Message
-from orchestration.data.source import Judgement
+from orchestration.data.preferences import Comparison, Judgement
 
 WORDS = ["lamp", "book", "coat", "drum", "vase", "rope", "bell", "clock", "ladder", "mirror", "basket", "hammer"]
 

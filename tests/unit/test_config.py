@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conf.schema import Config, TaskmasterData
+from conf.schema import Config
+from conf.sources import FilesData
 from orchestration import config as configuration
 from orchestration.config import as_yaml, groups, leaves, load, nearest
 from orchestration.errors import RequestError
@@ -22,9 +23,13 @@ def mistakes(*overrides: str) -> list[str]:
 
 
 def taskmaster(folder: Path) -> Path:
-    for part in ("data", "reward"):
-        (folder / part).mkdir(parents=True)
-        (folder / part / "a.json").write_text("[]")
+    for place in (folder, folder / "taskmaster-4"):
+        for part in ("data", "reward"):
+            (place / part).mkdir(parents=True)
+            (place / part / "a.json").write_text("[]")
+    for place in (folder, folder / "self-instruct"):
+        place.mkdir(exist_ok=True)
+        (place / "a.jsonl.gz").touch()
     return folder
 
 
@@ -132,6 +137,17 @@ def test_an_infinite_learning_rate_is_refused() -> None:
         (["experiment=taskmaster_coffee"], "data.path: needed"),
         (["experiment=taskmaster_coffee", "labeler=simulated"], "labeler=simulated: it can rank"),
         (["experiment=taskmaster_coffee", "data.path=/nowhere"], "data.path=/nowhere: there is no reward/*.json"),
+        (["experiment=taskmaster_coffee", "data.mix=[]"], "data.mix=[]: at least one part"),
+        (["experiment=hh_harmless", "data.path=/nowhere"], "data.path=/nowhere: there is no *.jsonl or *.ndjson or *.json in it"),
+        (["experiment=hh_harmless", "data.mix=[{format: hh, path: nowhere}]"], "data.mix[0].path=/tmp/nowhere: there is no"),
+        (["experiment=hh_harmless", "data.mix=[{format: dataset}]"], "data.mix[0]: format dataset needs a name and columns"),
+        (["experiment=hh_harmless", "data.mix=[{format: csv}]"], "data.mix.0.format='csv'"),
+        (["experiment=hh_harmless", "data.mix=[{format: hh, wait: 1}]"], "data.mix.0.wait: no such setting"),
+        (["experiment=hh_harmless", "data.mix=[{format: messages}]"], "data.mix: messages hold no comparisons"),
+        (["experiment=hh_harmless", "data.mix=[{format: hh}, {format: taskmaster}]"], "one reward model learns from one kind"),
+        (["experiment=hh_harmless", "data.heldout_preferences=0"], "data.heldout_preferences=0: the reward model is measured"),
+        (["experiment=hh_harmless", "++data.pretrain={format: messages, path: x}"], "data.pretrain.format=messages: plain text is needed"),
+        (["reward_model.start=model"], "reward_model.start=model: simulated labellers"),
         (["policy_checkpoint=/nowhere"], "policy_checkpoint=/nowhere: no Hugging Face checkpoint"),
         (["model.path=/nowhere"], "model.path=/nowhere"),
         (["run_dir=/dev/null/run"], "run_dir=/dev/null/run: /dev/null is not a folder"),
@@ -149,7 +165,7 @@ def test_the_scale_of_a_pretrained_model_does_not_limit_replies(tmp_path: Path) 
 @pytest.mark.parametrize("name", groups()["experiment"])
 def test_every_shipped_experiment_composes(name: str, tmp_path: Path) -> None:
     folder = taskmaster(tmp_path)
-    found = load([f"experiment={name}", *([f"data.path={folder}"] if name.startswith("taskmaster") else [])], tmp_path)
+    found = load([f"experiment={name}", *([f"data.path={folder}"] if name not in ("smoke", "quickstart") else [])], tmp_path)
     assert found.experiment == name
     assert found.run_dir == str(tmp_path / "runs" / name)
 
@@ -182,10 +198,17 @@ def test_relative_paths_become_absolute_from_the_working_directory(tmp_path: Pat
         ],
         tmp_path,
     )
-    assert isinstance(found.data, TaskmasterData)
+    assert isinstance(found.data, FilesData)
     assert found.data.path == str(tmp_path / "coffee")
     assert found.run_dir == str(tmp_path / "here")
     assert {found.policy_checkpoint, found.reward_checkpoint, found.model.path} == {str(tmp_path / "lm")}
+
+
+def test_a_parts_own_path_is_taken_below_the_shorthand(tmp_path: Path) -> None:
+    taskmaster(tmp_path / "sets")
+    data = load(["experiment=instruct_mix", "data.path=sets"], tmp_path).data
+    assert isinstance(data, FilesData)
+    assert [part.path for part in data.mix] == [str(tmp_path / "sets" / name) for name in ("taskmaster-4", "self-instruct")]
 
 
 def test_a_hub_name_stays_as_it_is(tmp_path: Path) -> None:
@@ -214,7 +237,7 @@ def test_the_resolved_yaml_holds_every_setting_and_is_the_same_request_again() -
 
 
 def test_every_setting_is_documented_beneath_itself() -> None:
-    lines = (configuration.FOLDER / "schema.py").read_text().splitlines()
+    lines = [line for name in ("schema.py", "sources.py") for line in (configuration.FOLDER / name).read_text().splitlines()]
     fields = [n for n, line in enumerate(lines) if line.startswith("    ") and ": " in line and line[4].isalpha() and "def " not in line]
     assert len(fields) > 100
     assert [lines[n].strip() for n in fields if not lines[n + 1].strip().startswith('"""')] == []

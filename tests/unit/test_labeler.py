@@ -4,9 +4,9 @@ from statistics import NormalDist
 
 import pytest
 
-from orchestration.data.comparisons import Comparison
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.labeler import SimulatedLabeler, agreement, ceiling, expected_agreement, golds, noise_for
+from orchestration.data.preferences import Comparison
 from orchestration.data.world.gold import UNFINISHED_PRICE, WORD_PRICE
 from orchestration.data.world.grammar import FACTS
 

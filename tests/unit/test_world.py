@@ -7,7 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from conf.schema import Flaws
+from conf.sources import Flaws
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.source import open_source
 from orchestration.data.world import scenarios

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TypeVar
 
-from conf.schema import Flaws
+from conf.sources import Flaws
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.world.grammar import (
     ADVICE,

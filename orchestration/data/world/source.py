@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from conf.schema import WorldData
+from conf.sources import WorldData
 from orchestration.data.source import Corpus
 from orchestration.data.world import scenarios, texts
 from orchestration.run_directory import digest
