@@ -264,6 +264,8 @@ def _pretraining(config: Config) -> Iterable[str]:
     for setting, value in (("stage", config.stage), ("from", config.rerun_from)):
         if value == "pretrain" and not config.pretrain.steps:
             yield f"{setting}=pretrain: pretrain.steps=0 leaves that stage out; set pretrain.steps above 0"
+
+
 def _parts(data: FilesData) -> Iterable[str]:
     if not data.mix:
         yield "data.mix=[]: at least one part is needed, for example data.mix='[{format: messages}]'"

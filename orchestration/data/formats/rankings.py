@@ -43,4 +43,3 @@ def _ranks(given: list[Any], answers: int) -> tuple[float, ...]:
     if not all(isinstance(rank, int | float) and not isinstance(rank, bool) and abs(rank) < float("inf") for rank in given):
         raise ValueError("'ranks' holds something that is no number")
     return tuple(rank - min(given) for rank in given)
-
