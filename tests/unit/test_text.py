@@ -98,8 +98,8 @@ def test_pretraining_is_a_stage_and_an_input_of_sft_only_when_it_has_steps(tmp_p
     without, with_it = smoke(), smoke("pretrain.steps=3")
     assert stages_of(without)[0] == "sft"
     assert stages_of(with_it)[:2] == ("pretrain", "sft")
-    assert inputs_of("sft", without) == []
-    assert inputs_of("sft", with_it) == ["pretrain"]
+    assert inputs_of("sft", without) == ()
+    assert inputs_of("sft", with_it) == ("pretrain",)
     run, shared = RunDirectory(tmp_path, 1), _Shared(without)
     assert "pretrain" not in identity("sft", without, run, shared)["inputs"]
     assert "pretrain" in identity("sft", with_it, run, shared)["inputs"]
