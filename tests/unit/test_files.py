@@ -213,7 +213,8 @@ def test_spoilt_files_are_refused_or_their_rows_counted(tmp_path: Path, spoilt: 
         content[at % len(content) : at % len(content) + len(change)] = change
     file.write_bytes(content)
     with contextlib.suppress(RequestError):  # nothing else may be raised
-        counts(load({"format": form, "path": str(file)}, on_bad_row=policy))
+        read, *places = counts(load({"format": form, "path": str(file)}, on_bad_row=policy))
+        assert read == sum(places)
 
 
 def test_the_published_pairs_are_read_and_the_few_bad_rows_named(real_data: Path) -> None:
