@@ -39,7 +39,7 @@ def _attention_of(config: PretrainedConfig) -> str:
 def initial_spread(width: int) -> float:
     """Standard deviation of random weights: GPT-2's 0.02 from a width of 1024 on, and wider for narrower models, as 1 / sqrt(width).
 
-    At 0.02 a narrow model's attention starts so flat that it needs twice the steps to the same loss (BENCHMARKS.md).
+    At 0.02 a narrow model's attention starts so flat that its first few hundred steps are slow (BENCHMARKS.md).
     """
     return max(0.02, 0.64 / math.sqrt(width))
 

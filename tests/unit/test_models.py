@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,16 @@ def test_a_scalar_model_fits_a_backbone_whose_output_is_narrower_than_its_layers
     table = torch.log_softmax(lm(input_ids=tokens).logits, dim=-1)
     wanted = table[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(logprobs[:, 1:], torch.where(mask[:, 1:], wanted, 0.0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "spread"), [(64, 0.08), (1024, 0.02), (4096, 0.02)])
+def test_random_weights_are_wider_in_narrow_models(width: int, spread: float) -> None:
+    assert models.initial_spread(width) == pytest.approx(spread)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_a_new_model_is_drawn_with_that_spread(architecture: str) -> None:
+    scale = replace(smoke().scale, architecture=architecture, width=64, feed_forward=256)
+    lm = models.new_causal_lm(scale, 200, 0, 0.0, 1, 0)
+    matrices = [p for name, p in lm.named_parameters() if p.dim() == 2 and ".layers." in name]
+    assert float(torch.cat([p.flatten() for p in matrices]).std()) == pytest.approx(models.initial_spread(64), rel=0.05)
