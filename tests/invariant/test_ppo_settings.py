@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
-from conf.schema import PPO
+from conf.ppo import PPO
 from orchestration import config as configuration
 from orchestration.data.chat import Chat, learn_tokenizer
 from orchestration.data.source import open_source

@@ -1,0 +1,76 @@
+"""Settings of stage `ppo`, in the style of schema.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Gt, Le
+
+from conf.settings import Count, NotNegative, Positive, Settings, Share, Whole
+
+
+@dataclass(frozen=True)
+class KL(Settings):
+    """The leash to the reference."""
+
+    controller: Literal["fixed", "adaptive"]
+    """`fixed`: beta stays. `adaptive`: beta follows the target (Ziegler et al. 1909.08593, 2.2)."""
+    beta: NotNegative
+    """Weight of the per-token penalty log pi - log pi_ref in the reward; the adaptive controller starts from it."""
+    target: Positive
+    """KL per reply, in nats, that the adaptive controller aims at."""
+    horizon: Positive
+    """Replies over which the adaptive controller corrects."""
+    budget: Positive
+    """KL per reply, in nats, above which a run stops and keeps the last weights within it."""
+
+
+@dataclass(frozen=True)
+class PPO(Settings):
+    """Proximal policy optimisation against the reward model (Schulman et al. 1707.06347; InstructGPT 2203.02155)."""
+
+    steps: Count
+    """Iterations: sample, score, learn."""
+    batch: Count
+    """Replies per iteration, one per prompt, over all ranks."""
+    minibatches: Count
+    """Optimizer steps per epoch; divides `batch`."""
+    epochs: Count
+    """Passes over each batch (InstructGPT: 1)."""
+    lr: Positive
+    """Policy learning rate after warm-up; constant."""
+    critic_lr: Positive
+    """Critic learning rate after warm-up; constant."""
+    warmup: Whole
+    """Iterations of linear learning-rate warm-up from one tenth."""
+    kl: KL
+    """The leash to the reference."""
+    gamma: Annotated[float, Gt(0), Le(1)]
+    """Discount per token."""
+    lam: Share
+    """GAE's lambda."""
+    clip: Positive
+    """Ratio clip: the objective is flat outside 1 +- clip."""
+    value_clip: Positive
+    """Clip of the value's move from the value at sampling time."""
+    whiten: bool
+    """Whiten advantages over all reply tokens of the batch."""
+    reward_clip: Positive
+    """Scores are clipped to +- this before shaping."""
+    missing_end_penalty: NotNegative
+    """Taken from the score of a reply that did not end by itself."""
+    temperature: Positive
+    """Sampling temperature; the same in old, current and reference log-probs."""
+    max_new_tokens: Count
+    """Longest reply."""
+    ptx: NotNegative
+    """Weight of the language-modelling loss on pretraining text in each policy step (PPO-ptx; InstructGPT's gamma: 27.8)."""
+    ptx_batch: Count
+    """Blocks of text, as long as the context, in that loss per optimizer step, over all ranks; counts when `ptx` is above 0."""
+    weight_decay: NotNegative
+    """AdamW's decay, policy and critic."""
+    adam_epsilon: Positive
+    """AdamW's epsilon (the reference reproductions use 1e-5)."""
+    max_grad_norm: Positive
+    """Gradient norm above which gradients are scaled down."""
