@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors import lora
 from actors.algorithms.masking import moments
 from actors.algorithms.ppo import value_loss
 from actors.batch import Experience, Rollouts
@@ -22,7 +23,8 @@ class Critic(Worker):
     def load(self) -> None:
         ppo = self.config.ppo
         optimizer = Optimizer(ppo.critic_lr, ppo.weight_decay, ppo.max_grad_norm, ppo.adam_epsilon)
-        self.engine = make_engine(self.config, scalar_model(self.checkpoint, self.config.seed), optimizer)
+        model = lora.adapted(self.config, "critic", scalar_model(self.checkpoint, self.config.seed))
+        self.engine = make_engine(self.config, model, optimizer)
         self.engine.train(False)
 
     @torch.no_grad()

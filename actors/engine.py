@@ -59,7 +59,9 @@ class Engine:
             module.to(self.device, dtype=torch.bfloat16 if dtype == "bf16" and not self.autocast else None)
             return
         settings = _settings(module, optimizer, zero_stage, offload, dtype == "bf16" and not self.autocast, micro_batch)
-        self.deepspeed, *_ = deepspeed.initialize(model=module, config=settings)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.partly_frozen = len(trained) < len(list(module.parameters()))
+        self.deepspeed, *_ = deepspeed.initialize(model=module, config=settings, model_parameters=trained or None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward; without gradients when the module is frozen or the caller says `torch.no_grad`."""
@@ -104,20 +106,29 @@ class Engine:
         """Dropout on or off."""
         self.module.train(on)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The whole state dict, on the CPU of every rank (gathered parameter by parameter under ZeRO-3)."""
+    def weights(self, frozen: bool = True) -> dict[str, Tensor]:
+        """The whole state dict, on the CPU of every rank (gathered parameter by parameter under ZeRO-3); without what is not trained if
+        not `frozen`."""
+        wanted = [(name, p) for name, p in self.module.named_parameters(remove_duplicate=False) if frozen or p.requires_grad]
+        if self.zero_stage < 3 and not frozen:
+            return {name: parameter.detach().cpu() for name, parameter in wanted}
         if self.zero_stage < 3:
             return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
         gathered = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+        for name, parameter in wanted:
             with GatheredParameters([parameter]):
                 gathered[name] = parameter.detach().cpu().clone()
+        if not frozen:
+            return gathered
         return gathered | {name: buffer.cpu() for name, buffer in self.module.named_buffers() if name in self.module.state_dict()}
 
     @torch.no_grad()
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Replace all weights of a model that will not be trained further (optimizer state is left as it is)."""
+        """Replace weights of a model that will not be trained further (optimizer state is left as it is); all that are trained must be
+        given."""
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if name not in weights and self.trains and not parameter.requires_grad:
+                continue
             with self._whole(parameter):
                 parameter.copy_(weights[name])
 
@@ -133,8 +144,9 @@ class Engine:
         return GatheredParameters([parameter], modifier_rank=0) if self.zero_stage == 3 else contextlib.nullcontext()
 
     def save_state(self, folder: Path) -> None:
-        """Weights, optimizer and step, for an exact resume by the same number of ranks; every rank must call."""
-        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        """Weights that are trained, optimizer and step, for an exact resume by the same number of ranks; every rank must call. Frozen
+        weights of a model that is trained in part are not saved: it starts from the same ones."""
+        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=self.partly_frozen)
 
     def load_state(self, folder: Path) -> None:
         """The inverse of `save_state`.
@@ -142,7 +154,9 @@ class Engine:
         Raises:
             FileNotFoundError: the folder holds no state of this engine.
         """
-        found, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine") if (folder / "engine").is_dir() else (None, None)
+        found = None
+        if (folder / "engine").is_dir():
+            found, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=not self.partly_frozen)
         if found is None:
             raise FileNotFoundError(f"no engine state in {folder}")
 
@@ -162,8 +176,9 @@ def sum_over_ranks(x: Tensor, device: torch.device) -> Tensor:
 
 def _settings(module: nn.Module, optimizer: Optimizer | None, stage: int, offload: bool, bf16: bool, micro_batch: int) -> dict[str, Any]:
     parameters = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad) or parameters
     # DeepSpeed's default buckets of 5e8 elements would dwarf a small model
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(parameters, 500_000_000)}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(trained, 500_000_000)}
     if offload and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu"}
     if stage == 3:

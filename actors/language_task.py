@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from actors import lora
 from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues
 from actors.engine import Engine
@@ -46,7 +47,7 @@ class LanguageTask:
         return getattr(self.config, self.section)
 
     def module(self) -> torch.nn.Module:
-        return language_model(self.checkpoint, self.settings.dropout)
+        return lora.adapted(self.config, self.section, language_model(self.checkpoint, self.settings.dropout))
 
     def batch(self, step: int, rank: int, ranks: int) -> Batch:
         """Every `ranks`-th row of the step's batch; which rows those are depends on the seed and the step alone."""

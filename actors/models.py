@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from actors import lora
 from conf.schema import Scale
 
 ROWS_PER_CHUNK = 2048
@@ -197,11 +198,12 @@ def load_scalar_model(path: str, seed: int) -> ScalarModel:
 
 
 def save_model(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Write Hugging Face files of either kind of network into `folder`.
+    """Write Hugging Face files of either kind of network into `folder`; adapters are merged into the weights they belong to.
 
     Args:
         state: the module's whole state dict, gathered from its ranks.
     """
+    state = lora.merged(module, state)
     if isinstance(module, LanguageModel):
         module.lm.save_pretrained(folder, state_dict=_under("lm.", state))
         return

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors import lora
 from actors.algorithms.gae import gae, shape_rewards
 from actors.algorithms.kl import k1
 from actors.algorithms.masking import masked_mean, masked_sum, moments, whiten
@@ -44,7 +45,7 @@ class Policy(Worker):
     def load(self) -> None:
         ppo = self.config.ppo
         optimizer = Optimizer(ppo.lr, ppo.weight_decay, ppo.max_grad_norm, ppo.adam_epsilon)
-        self.engine = make_engine(self.config, language_model(self.checkpoint), optimizer)
+        self.engine = make_engine(self.config, lora.adapted(self.config, "policy", language_model(self.checkpoint)), optimizer)
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
         self.described: dict[str, float] = {}
         self.sent: list[WeightUpdate] = []
@@ -53,6 +54,13 @@ class Policy(Worker):
     def logprobs(self, pieces: Sequence[Rollouts | Dialogues]) -> list[Tensor]:
         """[B, T] for each piece: rollouts at the sampling temperature, text at 1."""
         return [self._current(piece)[0].cpu() for piece in pieces]
+
+    @torch.no_grad()
+    def reference_logprobs(self, pieces: Sequence[Rollouts | Dialogues], temperature: float) -> list[Tensor]:
+        """What `Reference.logprobs` would give: the policy of before any training, which is this one with its adapters off."""
+        device = self.engine.device
+        with lora.switched_off(self.engine.module):
+            return [self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu() for piece in pieces]
 
     def _current(self, rows: Rollouts | Experience | Dialogues) -> tuple[Tensor, Tensor]:
         temperature = 1.0 if isinstance(rows, Dialogues) else self.config.ppo.temperature
@@ -155,9 +163,13 @@ class Policy(Worker):
         return loss
 
     def weights(self, version: int) -> WeightUpdate:
-        """All weights for the rollout engines; every rank must call. The last two are kept, to be able to go back."""
-        self.sent = [*self.sent[-1:], pack(self.engine.weights(), version)]
-        return self.sent[-1]
+        """All weights for the rollout engines; every rank must call. The last two are kept, to be able to go back: of a model with
+        adapters, the adapters alone."""
+        state = self.engine.weights()
+        update = pack(lora.merged(self.engine.module, state), version)
+        kept = pack(self.engine.weights(frozen=False), version) if self.config.lora.trains("policy") else update
+        self.sent = [*self.sent[-1:], kept]
+        return update
 
     def go_back(self) -> int:
         """Take back the weights sent before the last ones, for export and not for training on; returns their version."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors import lora
 from actors.algorithms import calibration
 from actors.algorithms.preference import pairwise_correct, pointwise_loss, ranking_loss
 from actors.batch import Batch, Comparisons, Dialogues
@@ -39,7 +40,7 @@ class PreferenceTask:
         return self.config.reward_model
 
     def module(self) -> torch.nn.Module:
-        return scalar_model(self.checkpoint, self.config.seed)
+        return lora.adapted(self.config, "reward_model", scalar_model(self.checkpoint, self.config.seed))
 
     def batch(self, step: int, rank: int, ranks: int) -> Batch:
         """All answers of this rank's share of the step's prompts (rankings) or of its judged replies."""

@@ -130,7 +130,7 @@ def _measure(
     figures.update({f"heldout_{name}": value for name, value in held_out.items()})
     if held_out["loss"] < progress.best_loss:
         progress.best_loss, progress.best_step, progress.stale = held_out["loss"], step, 0
-        return {name: tensor.clone() for name, tensor in engine.weights().items()}
+        return {name: tensor.clone() for name, tensor in engine.weights(frozen=False).items()}
     progress.stale += 1
     progress.stopped = progress.stale >= task.settings.patience
     return best

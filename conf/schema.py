@@ -106,6 +106,27 @@ class Engine(Settings):
 
 
 @dataclass(frozen=True)
+class LoRA(Settings):
+    """Low-rank adapters: the weights W of linear layers stay as they are, and W + alpha / rank * B A is used (Hu et al. 2106.09685)."""
+
+    rank: Whole
+    """Rank of A and B; 0: no adapters, all weights are trained."""
+    alpha: Positive
+    """Scale of the adapters, over `rank`."""
+    dropout: Annotated[float, Ge(0), Lt(1)]
+    """Dropout on what goes into an adapter, in `sft` and `reward_model`; PPO runs without."""
+    targets: tuple[str, ...]
+    """Names of the linear layers that get one (q_proj, v_proj, ...); []: every linear layer but the output layer."""
+    roles: tuple[Literal["sft", "reward_model", "policy", "critic"], ...]
+    """Which models are trained by adapters: of the stages `sft` and `reward_model`, and PPO's policy and critic. Scalar heads are trained
+    whole. Where the policy is one of them it is its own reference, with its adapters off."""
+
+    def trains(self, role: str) -> bool:
+        """Whether this role's model is trained by adapters."""
+        return self.rank > 0 and role in self.roles
+
+
+@dataclass(frozen=True)
 class Labeler(Settings):
     """Who ranks sampled answers."""
 
@@ -284,6 +305,8 @@ class Config(Settings):
     """Ranks and resources."""
     engine: Engine
     """DeepSpeed."""
+    lora: LoRA
+    """Low-rank adapters."""
     data: Annotated[WorldData | FilesData, Field(discriminator="kind")]
     """Dialogues, prompts and judgements."""
     labeler: Labeler
@@ -308,6 +331,10 @@ class Config(Settings):
     """Metrics."""
     ray: Ray
     """Cluster."""
+
+    def policy_is_reference(self) -> bool:
+        """Whether PPO's policy ranks answer for the reference, with their adapters off."""
+        return self.lora.trains("policy")
 
     def zero_stage(self) -> int:
         """The ZeRO stage in force."""

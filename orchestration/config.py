@@ -191,6 +191,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _ranks(config)
     yield from _files(config)
     yield from _pretraining(config)
+    yield from _adapters(config)
     yield from _choices(config)
 
 
@@ -211,9 +212,10 @@ def _shapes(config: Config) -> Iterable[str]:
 
 def _ranks(config: Config) -> Iterable[str]:
     place, ppo = config.placement, config.ppo
-    together = math.lcm(*(getattr(place, role).ranks for role in ROLES))
+    started = [role for role in ROLES if role != "reference" or not config.policy_is_reference()]
+    together = math.lcm(*(getattr(place, role).ranks for role in started))
     if ppo.batch % together:
-        counts = ", ".join(f"{role} {getattr(place, role).ranks}" for role in ROLES)
+        counts = ", ".join(f"{role} {getattr(place, role).ranks}" for role in started)
         yield f"ppo.batch={ppo.batch}: not divisible by {together}, the least common multiple of the roles' ranks ({counts})"
     for role in ("policy", "critic"):
         ranks = getattr(place, role).ranks
@@ -264,6 +266,18 @@ def _pretraining(config: Config) -> Iterable[str]:
     for setting, value in (("stage", config.stage), ("from", config.rerun_from)):
         if value == "pretrain" and not config.pretrain.steps:
             yield f"{setting}=pretrain: pretrain.steps=0 leaves that stage out; set pretrain.steps above 0"
+
+
+def _adapters(config: Config) -> Iterable[str]:
+    """Adapters on random weights: those would stay random."""
+    random = config.model.path is None
+    why = "starts from random weights, which adapters leave as they are"
+    if config.lora.trains("sft") and random and not config.pretrain.steps:
+        yield f"lora.roles: stage sft {why}; set model.path or pretrain.steps, or leave sft out of lora.roles"
+    if config.lora.trains("reward_model") and random and config.reward_model.start == "model":
+        yield f"lora.roles: stage reward_model {why}; set model.path or reward_model.start=sft, or leave reward_model out of lora.roles"
+    if config.lora.rank and not config.lora.roles:
+        yield f"lora.rank={config.lora.rank}: lora.roles=[] names no model to train by adapters; name some, or set lora.rank=0"
 
 
 def _parts(data: FilesData) -> Iterable[str]:

@@ -39,6 +39,10 @@ NO_PART = {"scale": ("name", "zero_stage"), "sft": ("packing", "pack_length")}
 """Settings of those sections that decide nothing: a name, and ways to shard and to save padding."""
 
 
+ADAPTED = {"sft": ("sft",), "reward_model": ("reward_model",), "ppo": ("policy", "critic")}
+"""The roles of `lora.roles` that a stage trains; `lora` decides the result of stages with adapters alone."""
+
+
 def stages_of(config: Config) -> tuple[str, ...]:
     """The stages of the whole recipe, in order; pretraining is optional."""
     return STAGES if config.pretrain.steps else tuple(name for name in STAGES if name != "pretrain")
@@ -120,6 +124,8 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
         inputs[source] = named or directory.output_of(source)
     sections = [*SECTIONS[name], *(["scale"] if name == "reward_model" and config.reward_model.start == "model" else [])]
     plain = {section: settings[section] for section in sections}
+    if adapted := [role for role in ADAPTED.get(name, ()) if config.lora.trains(role)]:
+        plain["lora"] = settings["lora"] | {"roles": adapted}
     for section in plain.keys() & NO_PART.keys():
         plain[section] = {key: value for key, value in plain[section].items() if key not in NO_PART[section]}
     return json.loads(json.dumps({"settings": plain, "inputs": inputs}))

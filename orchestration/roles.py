@@ -79,12 +79,13 @@ class CriticGroup:
 
 @dataclass(frozen=True)
 class ReferenceGroup:
-    """The frozen SFT model."""
+    """The frozen SFT model: ranks of its own, or the policy's with their adapters off."""
 
     group: Group
 
     def logprobs(self, rows: Pieces[Rollouts] | Pieces[Dialogues], temperature: float) -> Pieces[Tensor]:
-        return self.group.map(Reference.logprobs, rows, temperature=temperature)
+        method = Policy.reference_logprobs if self.group.name == "policy" else Reference.logprobs
+        return self.group.map(method, rows, temperature=temperature)
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,15 @@ def start(runtime: Runtime, config: Config, checkpoints: dict[str, str]) -> Role
     """Start the named roles, each from its weights.
 
     Args:
-        checkpoints: role name -> Hugging Face folder. Roles that are not named are not started.
+        checkpoints: role name -> Hugging Face folder. Roles that are not named are not started, nor is the reference of a policy with
+            adapters that starts from the same weights.
     """
-    requests = [RoleRequest(name, CLASSES[name], path, getattr(config.placement, name)) for name, path in checkpoints.items()]
+    shared = config.policy_is_reference() and checkpoints.get("reference", "") == checkpoints.get("policy")
+    started = {name: path for name, path in checkpoints.items() if not (shared and name == "reference")}
+    requests = [RoleRequest(name, CLASSES[name], path, getattr(config.placement, name)) for name, path in started.items()]
     groups = runtime.start(requests)
+    if shared:
+        groups = {**groups, "reference": groups["policy"]}
     typed: dict[str, Any] = {name: _TYPED[name](groups[name]) if name in groups else None for name in CLASSES}
     return Roles(**typed)
 
@@ -151,5 +157,5 @@ def connect(config: Config) -> Runtime:
 
 
 def rank_counts(config: Config) -> Sequence[int]:
-    """Ranks of every role, for cutting batches that all can share evenly."""
-    return [getattr(config.placement, name).ranks for name in CLASSES]
+    """Ranks of every role that PPO starts, for cutting batches that all can share evenly."""
+    return [getattr(config.placement, name).ranks for name in CLASSES if name != "reference" or not config.policy_is_reference()]
