@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conf.schema import Config, LoRA
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
+FOLDER = "adapter"
+"""Where an exported language model's adapter lies beside its merged weights."""
 
 
 def adapted(config: Config, role: str, module: nn.Module) -> nn.Module:
@@ -97,3 +101,17 @@ def merged(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         change = layer.scaling[ADAPTER] * (b @ a)
         whole[f"{name}.weight"] = whole[f"{name}.weight"] + (change.T if layer.fan_in_fan_out else change)
     return whole
+
+
+def save_adapter(transformer: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Write the adapter alone as peft reads it (`PeftModel.from_pretrained(base, folder)`); nothing for a model without one.
+
+    Args:
+        state: the transformer's whole state dict, gathered from its ranks.
+    """
+    if not adapters(transformer):
+        return
+    folder.mkdir(exist_ok=True)
+    transformer.peft_config[ADAPTER].save_pretrained(folder)  # type: ignore[union-attr, operator, index]
+    names = {name: f"base_model.model.{name}".replace(f".{ADAPTER}.", ".") for name in state if ".lora_" in name}
+    save_file({theirs: state[name].clone().contiguous() for name, theirs in names.items()}, folder / "adapter_model.safetensors")

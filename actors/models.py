@@ -198,18 +198,20 @@ def load_scalar_model(path: str, seed: int) -> ScalarModel:
 
 
 def save_model(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Write Hugging Face files of either kind of network into `folder`; adapters are merged into the weights they belong to.
+    """Write Hugging Face files of either kind of network into `folder`; adapters are merged into the weights they belong to, and a language
+    model's also lies beside them.
 
     Args:
         state: the module's whole state dict, gathered from its ranks.
     """
-    state = lora.merged(module, state)
+    whole = lora.merged(module, state)
     if isinstance(module, LanguageModel):
-        module.lm.save_pretrained(folder, state_dict=_under("lm.", state))
+        module.lm.save_pretrained(folder, state_dict=_under("lm.", whole))
+        lora.save_adapter(module.lm, _under("lm.", state), folder / lora.FOLDER)
         return
     assert isinstance(module, ScalarModel)
-    module.backbone.save_pretrained(folder, state_dict=_under("backbone.", state))
-    save_file({name: tensor.contiguous() for name, tensor in _under("head.", state).items()}, folder / HEAD_FILE)
+    module.backbone.save_pretrained(folder, state_dict=_under("backbone.", whole))
+    save_file({name: tensor.contiguous() for name, tensor in _under("head.", whole).items()}, folder / HEAD_FILE)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

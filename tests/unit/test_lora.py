@@ -102,10 +102,18 @@ def test_merged_weights_are_those_of_pefts_own_merge_under_the_plain_models_name
 def test_an_export_is_a_plain_model_that_gives_what_the_adapted_one_gives(kind: str, tmp_path: Path) -> None:
     model = trained(policy_like(kind))
     save_model(model, model.state_dict(), tmp_path)
-    assert not list(tmp_path.glob("adapter*"))
     loaded, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(told[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logprobs(LanguageModel(loaded.eval())), logprobs(model), atol=1e-5, rtol=1e-5)
+
+
+def test_the_adapter_beside_an_export_is_one_that_peft_loads(tmp_path: Path) -> None:
+    model = trained(policy_like("llama", "lora.targets=[q_proj,v_proj]"))
+    save_model(model, model.state_dict(), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_lm(), tmp_path / "adapter").eval()
+    assert torch.equal(logprobs(LanguageModel(loaded.base_model.model)), logprobs(model))
+    save_model(LanguageModel(tiny_lm()), LanguageModel(tiny_lm()).state_dict(), tmp_path / "plain")
+    assert not (tmp_path / "plain/adapter").exists()
 
 
 def test_only_adapters_and_a_scalar_models_head_are_trained() -> None:
