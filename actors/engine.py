@@ -146,7 +146,15 @@ class Engine:
     def save_state(self, folder: Path) -> None:
         """Weights that are trained, optimizer and step, for an exact resume by the same number of ranks; every rank must call. Frozen
         weights of a model that is trained in part are not saved: it starts from the same ones."""
+        frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+        def without_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+            for name in frozen:  # DeepSpeed's own `exclude_frozen_parameters` leaves in the second name of a tied embedding
+                state.pop(prefix + name, None)
+
+        hook = self.module.register_state_dict_post_hook(without_frozen)
         self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=self.partly_frozen)
+        hook.remove()
 
     def load_state(self, folder: Path) -> None:
         """The inverse of `save_state`.

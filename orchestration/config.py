@@ -357,7 +357,7 @@ def _preferences(config: Config) -> Iterable[str]:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """Plain JSON values."""
-    return dataclasses.asdict(config)
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def as_yaml(config: Config) -> str:

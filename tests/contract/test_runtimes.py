@@ -178,3 +178,25 @@ def test_experience_is_whole(runtime: Runtime, started: Roles, models: Path) -> 
     chosen = experience.advantages[experience.mask]
     assert chosen.mean().abs() < 1e-5 and (chosen.var(unbiased=False) - 1).abs() < 1e-3
     assert not experience.advantages[~experience.mask].any()
+
+
+def test_a_policy_with_adapters_answers_for_the_reference(runtime: Runtime, started: Roles, models: Path) -> None:
+    config = settings("local" if type(runtime).__name__ == "LocalRuntime" else "ray", models, "lora.rank=4", "placement.reference.cpus=99")
+    beside = roles.connect(config)  # on the same cluster; the reference's 99 CPUs are not asked for
+    try:
+        lm = str(models / "lm")
+        adapted = roles.start(beside, config, {"policy": lm, "reference": lm})
+        assert adapted.reference.group is adapted.policy.group
+        rollouts = runtime.put(replayed(models))
+        scores, values = started.reward.score(rollouts), started.critic.values(rollouts)
+        for step in range(2):
+            reference = adapted.reference.logprobs(rollouts, 1.0)
+            experience = adapted.policy.experience(rollouts, scores, reference, values, 0.05)
+            beside.wait(adapted.policy.update(experience, beside.put([]), step), what="update")
+            assert (beside.get(adapted.policy.describe(), "samples")[0]["kl"] == 0) == (step == 0)
+        wanted = runtime.get(started.reference.logprobs(rollouts, 1.0), "reference")
+        for one, other in zip(beside.get(adapted.reference.logprobs(rollouts, 1.0), "adapters off"), wanted, strict=True):
+            assert torch.equal(one, other)
+        assert roles.rank_counts(config) == [1, 1, 1, 1]
+    finally:
+        beside.stop()

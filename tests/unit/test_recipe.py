@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from orchestration.recipe import inputs_of
+from orchestration.recipe import identity, inputs_of
 from tests.fakes import smoke, with_section
 
 
@@ -19,3 +22,17 @@ def test_the_reward_model_needs_the_stages_that_it_takes_something_from(labeler:
     assert inputs_of("reward_model", config) == wanted
     assert inputs_of("compare", config) == (("sft",) if labeler == "simulated" else ())
     assert inputs_of("ppo", config) == ("sft", "reward_model")
+
+
+def lora_in_identity(stage: str, *overrides: str) -> Any:
+    directory = SimpleNamespace(output_of=lambda name: None)
+    shared = SimpleNamespace(source=SimpleNamespace(fingerprint=lambda: {}))
+    return identity(stage, smoke(*overrides), directory, shared)["settings"].get("lora")  # type: ignore[arg-type]
+
+
+def test_adapters_are_part_of_the_identity_of_the_stages_that_train_them_alone() -> None:
+    assert all(lora_in_identity(stage) is None for stage in ("sft", "reward_model", "ppo", "evaluate"))
+    with_adapters = ("lora.rank=4", "lora.roles=[policy]")
+    assert [stage for stage in ("sft", "compare", "reward_model", "ppo", "evaluate") if lora_in_identity(stage, *with_adapters)] == ["ppo"]
+    assert lora_in_identity("ppo", *with_adapters) == lora_in_identity("ppo", "lora.rank=4", "lora.roles=[reward_model,policy]")
+    assert lora_in_identity("ppo", *with_adapters) != lora_in_identity("ppo", "lora.rank=4")
