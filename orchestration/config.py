@@ -191,6 +191,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _ranks(config)
     yield from _files(config)
     yield from _pretraining(config)
+    yield from _ppo(config)
     yield from _choices(config)
 
 
@@ -211,11 +212,12 @@ def _shapes(config: Config) -> Iterable[str]:
 
 def _ranks(config: Config) -> Iterable[str]:
     place, ppo = config.placement, config.ppo
-    together = math.lcm(*(getattr(place, role).ranks for role in ROLES))
+    roles = [role for role in ROLES if role != "critic" or ppo.has_critic()]
+    together = math.lcm(*(getattr(place, role).ranks for role in roles))
     if ppo.batch % together:
-        counts = ", ".join(f"{role} {getattr(place, role).ranks}" for role in ROLES)
+        counts = ", ".join(f"{role} {getattr(place, role).ranks}" for role in roles)
         yield f"ppo.batch={ppo.batch}: not divisible by {together}, the least common multiple of the roles' ranks ({counts})"
-    for role in ("policy", "critic"):
+    for role in ("policy", "critic") if ppo.has_critic() else ("policy",):
         ranks = getattr(place, role).ranks
         if ppo.batch % (ranks * ppo.minibatches):
             yield f"ppo.batch={ppo.batch}: not divisible by ppo.minibatches={ppo.minibatches} x placement.{role}.ranks={ranks}"
@@ -230,6 +232,25 @@ def _ranks(config: Config) -> Iterable[str]:
             if getattr(place, role).ranks > 1:
                 ranks = getattr(place, role).ranks
                 yield f"placement.{role}.ranks={ranks}: runtime=local runs one rank per role; use placement=cpu, or runtime=ray"
+
+
+def _ppo(config: Config) -> Iterable[str]:
+    ppo, ranks = config.ppo, config.placement.policy.ranks
+    samples = ppo.samples_per_prompt
+    if ppo.compares_replies() and samples < 2:
+        yield (
+            f"ppo.samples_per_prompt={samples}: ppo.advantage={ppo.advantage} compares the replies to one prompt; set it to 2 or more, or "
+            "use ppo.advantage=reinforce"
+        )
+    if ppo.batch % samples:
+        yield f"ppo.batch={ppo.batch}: not divisible by ppo.samples_per_prompt={samples}"
+    elif ppo.compares_replies() and ppo.batch % (samples * ranks):
+        yield (
+            f"ppo.batch={ppo.batch}: not divisible by ppo.samples_per_prompt={samples} x placement.policy.ranks={ranks}; "
+            f"ppo.advantage={ppo.advantage} needs all replies to a prompt on one policy rank"
+        )
+    if ppo.dual_clip is not None and ppo.dual_clip <= 1 + ppo.clip:
+        yield f"ppo.dual_clip={ppo.dual_clip:g}: not above 1 + ppo.clip={1 + ppo.clip:g}; it would cut ratios that the clip leaves alone"
 
 
 def _files(config: Config) -> Iterable[str]:
