@@ -12,7 +12,6 @@ The output embedding is one argument, however many chunks there are: under ZeRO-
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,11 +51,10 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, rows: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         logprobs, totals, entropies = [], [], []
-        for part, z in _logits(hidden, weight, bias, temperature, rows, dtype):
-            total = torch.logsumexp(z, dim=-1)
-            logprobs.append(z.gather(-1, targets[part, None])[:, 0] - total)
-            entropies.append(total - (torch.softmax(z, dim=-1) * z).sum(-1))
-            totals.append(total)
+        for part in _chunks(len(hidden), rows):
+            found = _figures(_logits(hidden[part], weight, bias, temperature, dtype), targets[part, None])
+            for chunks, one in zip((logprobs, totals, entropies), found, strict=True):
+                chunks.append(one)
         total, entropy = torch.cat(totals), torch.cat(entropies)
         ctx.save_for_backward(hidden, weight, bias, targets, total, entropy)
         ctx.how = temperature, rows, dtype
@@ -71,26 +69,34 @@ class _TokenLogprobs(torch.autograd.Function):
         # chunks are added up in float32: in bf16 each addition would round
         grad_weight = torch.zeros_like(weight, dtype=total.dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=total.dtype)
-        for part, z in _logits(hidden, weight, bias, temperature, rows, dtype):
+        for part in _chunks(len(hidden), rows):
+            logp = _logits(hidden[part], weight, bias, temperature, dtype).sub_(total[part, None])
             by_logprob, by_entropy = (None if g is None else g[part, None] for g in wanted)
-            slope = _slope(z - total[part, None], targets[part, None], entropy[part, None], by_logprob, by_entropy) / temperature
+            slope = _slope(logp, targets[part, None], entropy[part, None], by_logprob, by_entropy).div_(temperature)
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             slope = slope.to(dtype)
             grad_hidden[part] = (slope @ weight.to(dtype)).to(hidden.dtype)
             grad_weight += slope.T @ hidden[part].to(dtype)
+            del logp, slope  # or they would live on beside the next chunk's
         return grad_hidden, grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None, None
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, rows: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
-    """The positions of each chunk, and their [n, V] logits in float32 or better; one empty chunk where there are no positions."""
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    for start in range(0, max(len(hidden), 1), rows):
-        part = slice(start, start + rows)
-        z = linear(hidden[part].to(dtype), weight, bias)
-        yield part, z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
+def _chunks(positions: int, rows: int) -> list[slice]:
+    """Consecutive slices of at most `rows` positions; one empty slice where there are none."""
+    return [slice(start, start + rows) for start in range(0, max(positions, 1), rows)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
+    """[n, V], in float32 or better."""
+    z = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return z.to(torch.promote_types(dtype, torch.float32)).div_(temperature)
+
+
+def _figures(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p(target), log of the sum of e^z, entropy), [n] each; targets [n, 1]."""
+    total = torch.logsumexp(z, dim=-1)
+    return z.gather(-1, targets)[:, 0] - total, total, total - (torch.softmax(z, dim=-1) * z).sum(-1)
 
 
 def _slope(logp: Tensor, targets: Tensor, entropy: Tensor, by_logprob: Tensor | None, by_entropy: Tensor | None) -> Tensor:
