@@ -50,16 +50,14 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, rows: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        logprobs, totals, entropies = [], [], []
-        for part in _chunks(len(hidden), rows):
-            found = _figures(_logits(hidden[part], weight, bias, temperature, dtype), targets[part, None])
-            for chunks, one in zip((logprobs, totals, entropies), found, strict=True):
-                chunks.append(one)
-        total, entropy = torch.cat(totals), torch.cat(entropies)
+        found = [
+            _figures(_logits(hidden[part], weight, bias, temperature, dtype), targets[part, None]) for part in _chunks(len(hidden), rows)
+        ]
+        logprobs, total, entropy = (torch.cat(chunks) for chunks in zip(*found, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, total, entropy)
         ctx.how = temperature, rows, dtype
         ctx.set_materialize_grads(False)  # an entropy that nobody learns from costs nothing in the backward pass
-        return torch.cat(logprobs), entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *wanted: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.batch import Rollouts
 from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
+from actors.rollout import Rollout
 from conf.ppo import PPO
 from orchestration import config as configuration
 from orchestration.data.chat import Chat, learn_tokenizer
@@ -19,6 +21,7 @@ from orchestration.data.world import scenarios
 from orchestration.metrics import Metrics
 from orchestration.roles import connect
 from orchestration.run_directory import RunDirectory, read_records
+from orchestration.runtime.local import LocalRuntime
 from orchestration.stages import ppo
 from orchestration.stages.context import Shared, StageContext
 
@@ -54,12 +57,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outcome(start: Path, folder: Path, changed: dict[str, Any]) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
+
+
+def outcome(start: Path, folder: Path, changed: dict[str, Any], *more: str) -> Outcome:
     """Figures of every step but the times, and the weights at the end."""
     words = [f"ppo.{name}={value}" for name, value in (BASE | changed).items()]
     config = configuration.load(
         ["experiment=smoke", "runtime=local", "stage=ppo", "data.demonstrations=64", "data.prompts=64", "logging.progress=false",
-         f"run_dir={folder}", f"policy_checkpoint={start / 'lm'}", f"reward_checkpoint={start / 'rm'}", *words]
+         f"run_dir={folder}", f"policy_checkpoint={start / 'lm'}", f"reward_checkpoint={start / 'rm'}", *words, *more]
     )  # fmt: skip
     run = RunDirectory(folder, 1)
     context = StageContext("ppo", config, run, Metrics(config), Shared(config, open_source(config), connect))
@@ -70,7 +76,7 @@ def outcome(start: Path, folder: Path, changed: dict[str, Any]) -> tuple[list[di
 
 
 @pytest.fixture(scope="module")
-def unchanged(start: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def unchanged(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return outcome(start, tmp_path_factory.mktemp("base"), {})
 
 
@@ -90,3 +96,50 @@ def test_the_same_settings_give_the_same_result_bit_by_bit(start: Path, unchange
 @pytest.mark.parametrize("name", FLIPPED)
 def test_flipping_changes_a_figure_or_a_weight(name: str, start: Path, unchanged: tuple, tmp_path: Path) -> None:
     assert not same(unchanged, outcome(start, tmp_path, {name: FLIPPED[name]}))
+
+
+WITHOUT_CRITIC = {
+    "rloo": {"advantage": "rloo", "samples_per_prompt": 2},
+    "grpo": {"advantage": "grpo", "samples_per_prompt": 4},
+    "reinforce": {"advantage": "reinforce"},
+}
+
+
+@pytest.mark.parametrize("advantage", WITHOUT_CRITIC)
+def test_without_a_critic_none_is_started_saved_or_loaded_and_a_resumed_run_ends_bit_by_bit_alike(
+    advantage: str, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    begin = LocalRuntime.start
+    monkeypatch.setattr(LocalRuntime, "start", lambda self, requests: asked.append([r.name for r in requests]) or begin(self, requests))
+    whole = outcome(start, tmp_path, WITHOUT_CRITIC[advantage], "commit.every=2")
+    assert asked == [["policy", "reference", "reward", "rollout"]]
+    state = next((tmp_path / "round_01/ppo/state").iterdir())
+    assert [folder.name for folder in state.iterdir() if folder.is_dir()] == ["policy"]
+    assert not any("critic" in name or "value" in name or "variance" in name for name in whole[0][0])
+    assert all(record["policy_grad_norm"] > 0 for record in whole[0])
+    again = outcome(start, tmp_path, WITHOUT_CRITIC[advantage], "commit.every=2")  # goes on from the commit of step 2
+    assert [record["step"] for record in again[0]] == [1, 2, 3]
+    assert same(whole, again)
+
+
+def test_each_kind_of_advantage_learns_something_else(start: Path, unchanged: tuple, tmp_path: Path) -> None:
+    four = {"samples_per_prompt": 4}
+    found = [outcome(start, tmp_path / name, more | four)[1] for name, more in ({"gae": {"advantage": "gae"}} | WITHOUT_CRITIC).items()]
+    for n, one in enumerate(found):
+        for other in found[n + 1 :]:
+            assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_samples_of_a_prompt_differ_and_come_next_to_each_other(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Rollouts] = []
+    generate = Rollout.generate
+    monkeypatch.setattr(Rollout, "generate", lambda self, pieces, sampling: seen.extend(found := generate(self, pieces, sampling)) or found)
+    outcome(start, tmp_path, {"steps": 1, "batch": 8, **WITHOUT_CRITIC["grpo"]})
+    step = Rollouts.join(seen).select(slice(0, 8))
+    assert step.keys[:, 1].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert len(step.keys[:4, 0].unique()) == len(step.keys[4:, 0].unique()) == 1
+    assert step.keys[0, 0] != step.keys[4, 0]
+    prompt = int(step.mask[0].nonzero()[0])
+    assert torch.equal(step.tokens[0, :prompt], step.tokens[1, :prompt])
+    assert len({tuple(row) for row in step.tokens[:4].tolist()}) == 4
