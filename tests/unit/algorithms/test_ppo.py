@@ -204,3 +204,10 @@ def test_the_described_figures_carry_no_gradient() -> None:
     assert not found.clipped.requires_grad
     assert not found.dual_clipped.requires_grad
     assert not found.kl.requires_grad
+
+
+def test_a_ratio_at_the_dual_clip_is_not_cut() -> None:
+    ratio = float(torch.tensor(math.log(2.0), dtype=torch.float64).exp())
+    found, slope = single(2.0, -1.0, dual_clip=ratio)
+    assert float(found.dual_clipped) == 0.0
+    assert slope == pytest.approx(2.0)
