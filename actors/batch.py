@@ -82,6 +82,12 @@ class Prompts(Batch):
     keys: Tensor
     """[B, 2] long: (prompt, sample). With the seed and the step they fix a sample's randomness, wherever it is drawn."""
 
+    def repeated(self, samples: int) -> Prompts:
+        """Each row `samples` times, next to each other, their keys' samples counted from 0."""
+        rows = self.select(torch.arange(len(self)).repeat_interleave(samples))
+        rows.keys[:, 1] = torch.arange(len(rows)) % samples
+        return rows
+
 
 @dataclass
 class Dialogues(Batch):
@@ -125,11 +131,13 @@ class Experience(Batch):
     old_logprobs: Tensor
     """[B, T]: under the policy before the update."""
     old_values: Tensor
-    """[B, T]: under the critic before the update."""
+    """[B, T]: under the critic before the update; 0 without one."""
     advantages: Tensor
     """[B, T]."""
     returns: Tensor
-    """[B, T]: targets of the critic."""
+    """[B, T]: targets of the critic; 0 without one."""
+    behaviour: Tensor
+    """[B, T]: log-probs under the engine that sampled, as in `Rollouts`."""
 
 
 @dataclass

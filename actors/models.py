@@ -17,10 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 from transformers.masking_utils import create_causal_mask
 
 from actors import lora
+from actors.algorithms.logprobs import token_logprobs
 from conf.schema import Scale
 
-ROWS_PER_CHUNK = 2048
-"""Positions whose logits are held at once when no gradient is needed."""
 HEAD_FILE = "scalar_head.safetensors"
 
 
@@ -106,20 +105,11 @@ class LanguageModel(nn.Module):
         apart = None if position_ids is None else mask_between_dialogues(self.lm, position_ids)
         hidden = self.lm.base_model(input_ids=tokens, position_ids=places, attention_mask=apart, use_cache=False).last_hidden_state
         picked, targets = hidden[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]]
-        step = max(len(picked), 1) if torch.is_grad_enabled() else ROWS_PER_CHUNK
-        found = [self._score(picked[i : i + step], targets[i : i + step], temperature) for i in range(0, max(len(picked), 1), step)]
-        logprobs = torch.zeros(tokens.shape, device=tokens.device)
-        entropy = torch.zeros(tokens.shape, device=tokens.device)
-        logprobs = logprobs.masked_scatter(mask, torch.cat([a for a, _ in found]))
-        return logprobs, entropy.masked_scatter(mask, torch.cat([b for _, b in found]))
-
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = self.lm.get_output_embeddings()(hidden).float() / temperature
-        total = torch.logsumexp(logits, dim=-1)
-        logprobs = logits.gather(-1, targets[:, None])[:, 0] - total
-        with torch.no_grad():
-            entropy = total - (torch.softmax(logits, dim=-1) * logits).sum(-1)
-        return logprobs, entropy
+        head = self.lm.get_output_embeddings()
+        # read here, in this module's forward: so ZeRO-3 gathers the weight for the whole of it, once, and knows to do so in the backward
+        logprobs, entropy = token_logprobs(picked, head.weight, head.bias, targets, temperature)
+        empty = torch.zeros(tokens.shape, device=tokens.device)
+        return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
 
 
 def positions(tokens: Tensor) -> Tensor:

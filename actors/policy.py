@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from actors import lora
+from actors.algorithms.baselines import grpo, on_tokens, reinforce, rloo
 from actors.algorithms.gae import gae, shape_rewards
-from actors.algorithms.kl import k1
+from actors.algorithms.importance import engine_gap, importance_weights
+from actors.algorithms.kl import k1, k3
 from actors.algorithms.masking import masked_mean, masked_sum, moments, whiten
 from actors.algorithms.ppo import policy_loss
 from actors.algorithms.supervised import language_loss
@@ -36,7 +38,7 @@ class Scored:
     reference: Tensor
     """[B, T]."""
     values: Tensor
-    """[B, T]."""
+    """[B, T]; 0 without a critic."""
 
 
 class Policy(Worker):
@@ -49,6 +51,8 @@ class Policy(Worker):
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
         self.described: dict[str, float] = {}
         self.sent: list[WeightUpdate] = []
+        self.version: int | None = None
+        """Version of the weights as they are now; None once they have learned, until they are sent again."""
 
     @torch.no_grad()
     def logprobs(self, pieces: Sequence[Rollouts | Dialogues]) -> list[Tensor]:
@@ -69,22 +73,64 @@ class Policy(Worker):
     def experience(
         self, rollouts: list[Rollouts], scores: list[Tensor], reference: list[Tensor], values: list[Tensor], beta: float
     ) -> list[Experience]:
-        """Rewards, advantages and returns for this rank's share; advantages are whitened over the share of all ranks."""
+        """Rewards, advantages and returns for this rank's share; advantages are whitened over the share of all ranks.
+
+        Args:
+            values: empty without a critic.
+        """
+        values = values or [torch.zeros_like(piece.behaviour) for piece in rollouts]
         scored = [Scored(*piece) for piece in zip(rollouts, scores, reference, values, strict=True)]
-        old = self.logprobs(rollouts)
-        learned = [self._advantages(piece, logprobs, beta) for piece, logprobs in zip(scored, old, strict=True)]
+        old, gap = self._old_logprobs(rollouts)
+        learned = self._advantages(scored, [self._rewards(piece, o, beta) for piece, o in zip(scored, old, strict=True)])
         advantages = self._whitened([a for a, _ in learned], rollouts)
         self._describe(scored, old)
+        self.described |= gap | self._k3_per_token(scored, old)
         return [
-            Experience(r.tokens, r.lengths, r.mask, logprobs, piece.values, advantage, returns)
+            Experience(r.tokens, r.lengths, r.mask, logprobs, piece.values, advantage, returns, r.behaviour)
             for r, piece, logprobs, advantage, (_, returns) in zip(rollouts, scored, old, advantages, learned, strict=True)
         ]
 
-    def _advantages(self, piece: Scored, old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    def _old_logprobs(self, rollouts: list[Rollouts]) -> tuple[list[Tensor], dict[str, float]]:
+        """The old log-probs, and how far the engine's are from the trainer's.
+
+        With `ppo.old_logprobs=behaviour` the trainer computes its own for the first piece alone, which measures the gap; the engine's stand
+        in for all if no sample is stale and the gap is small. All ranks decide alike: each figure is a sum over them.
+        """
+        ppo, reduce = self.config.ppo, self.engine.sum_over_ranks
+        measured = rollouts if ppo.old_logprobs == "trainer" else rollouts[:1]
+        own = self.logprobs(measured)
+        rows = Rollouts.join(measured)
+        gap = float(engine_gap(join_rows(own), rows.behaviour, rows.mask, reduce))
+        current = -1 if self.version is None else self.version
+        stale = float(reduce((torch.cat([piece.version for piece in rollouts]) != current).sum().float()))
+        stand_in = ppo.old_logprobs == "behaviour" and stale == 0 and gap <= ppo.engine_gap_limit
+        rest = [] if stand_in else self.logprobs(rollouts[len(measured) :])
+        figures = {"engine_gap_mean": gap, "stale_replies": stale, "old_from_behaviour": float(stand_in)}
+        return [piece.behaviour for piece in rollouts] if stand_in else own + rest, figures
+
+    def _rewards(self, piece: Scored, old: Tensor, beta: float) -> Tensor:
         ppo, rollouts = self.config.ppo, piece.rollouts
         kl = k1(old, piece.reference)
-        rewards = shape_rewards(piece.scores, kl, rollouts.mask, beta, ppo.reward_clip, rollouts.finished, ppo.missing_end_penalty)
-        return gae(rewards, piece.values, rollouts.mask, ppo.gamma, ppo.lam)
+        return shape_rewards(piece.scores, kl, rollouts.mask, beta, ppo.reward_clip, rollouts.finished, ppo.missing_end_penalty)
+
+    def _advantages(self, scored: list[Scored], rewards: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(advantages, returns) of each piece; a prompt's replies may lie in several pieces, and are all on this rank."""
+        ppo, masks = self.config.ppo, [piece.rollouts.mask for piece in scored]
+        if ppo.advantage == "gae":
+            return [gae(r, piece.values, mask, ppo.gamma, ppo.lam) for r, piece, mask in zip(rewards, scored, masks, strict=True)]
+        totals = torch.cat([r.sum(dim=1) for r in rewards])
+        prompts = torch.cat([piece.rollouts.keys[:, 0] for piece in scored])
+        if ppo.advantage == "reinforce":
+            found = reinforce(totals, self.engine.sum_over_ranks)
+        else:
+            found = {"rloo": rloo, "grpo": grpo}[ppo.advantage](totals, prompts)
+        parts = found.split([len(mask) for mask in masks])
+        return [(on_tokens(part, mask), torch.zeros(mask.shape)) for part, mask in zip(parts, masks, strict=True)]
+
+    def _k3_per_token(self, scored: list[Scored], old: list[Tensor]) -> dict[str, float]:
+        """KL to the reference by the estimator that is never negative, beside `kl_per_token`, which is k1."""
+        reference, mask = join_rows([piece.reference for piece in scored]), join_rows([piece.rollouts.mask for piece in scored])
+        return {"kl_k3_per_token": float(masked_mean(k3(join_rows(old), reference), mask, self.engine.sum_over_ranks))}
 
     def _whitened(self, advantages: list[Tensor], rollouts: list[Rollouts]) -> list[Tensor]:
         if not self.config.ppo.whiten:
@@ -130,27 +176,30 @@ class Policy(Worker):
             if number == 0:  # before any update of this step: the ratio must still be 1
                 first = {"first_clip_share": found["clip_share"], "first_kl": found["update_kl"]}
             totals = {name: totals.get(name, 0.0) + value for name, value in found.items()}
+        self.version = None
         steps = ppo.epochs * ppo.minibatches
         return first | {name: value / steps for name, value in totals.items()}
 
     def _learn(self, minibatch: Experience, extra: Dialogues | None, lr: float) -> dict[str, float]:
         ppo, device = self.config.ppo, self.engine.device
         tokens = float(self.engine.sum_over_ranks(minibatch.mask.sum().float()))
-        sums = torch.zeros(4)
+        names = ("policy_loss", "clip_share", "dual_clip_share", "update_kl", "entropy", "importance_mean", "importance_truncated")
+        sums = torch.zeros(len(names))
 
         def loss(rows: Experience) -> Tensor:
             rows = rows.to(device)
-            logprobs, entropy = self._current(rows)
-            found = policy_loss(logprobs, rows.old_logprobs, rows.advantages, rows.mask, ppo.clip, tokens)
-            described = [found.loss.detach(), found.clipped, found.kl, masked_sum(entropy, rows.mask) / tokens]
-            sums.add_(torch.stack(described).cpu())
-            return found.loss
+            logprobs, spread = self._current(rows)
+            weights, truncated = importance_weights(rows.old_logprobs, rows.behaviour, rows.mask, ppo.importance_cap)
+            found = policy_loss(logprobs, rows.old_logprobs, rows.advantages, rows.mask, ppo.clip, tokens, ppo.dual_clip, weights)
+            entropy, weight, cut = (masked_sum(x, rows.mask) / tokens for x in (spread, weights, truncated.to(weights.dtype)))
+            described = [found.loss, found.clipped, found.dual_clipped, found.kl, entropy, weight, cut]
+            sums.add_(torch.stack(described).detach().cpu())
+            return found.loss - ppo.entropy * entropy if ppo.entropy > 0 else found.loss
 
         losses: list[tuple[Callable[[Any], Tensor], Batch]] = [(loss, minibatch)]
         if extra is not None:
             losses.append((self._ptx(float(self.engine.sum_over_ranks(extra.mask.sum().float()))), extra))
         norm = optimizer_step(self.engine, losses, self.config.engine.micro_batch, lr)
-        names = ("policy_loss", "clip_share", "update_kl", "entropy")
         return dict(zip(names, self.engine.sum_over_ranks(sums).tolist(), strict=True)) | {"policy_grad_norm": norm, "policy_lr": lr}
 
     def _ptx(self, tokens: float):
@@ -168,7 +217,7 @@ class Policy(Worker):
         state = self.engine.weights()
         update = pack(lora.merged(self.engine.module, state), version)
         kept = pack(self.engine.weights(frozen=False), version) if self.config.lora.trains("policy") else update
-        self.sent = [*self.sent[-1:], kept]
+        self.sent, self.version = [*self.sent[-1:], kept], version
         return update
 
     def go_back(self) -> int:

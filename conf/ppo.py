@@ -33,7 +33,12 @@ class PPO(Settings):
     steps: Count
     """Iterations: sample, score, learn."""
     batch: Count
-    """Replies per iteration, one per prompt, over all ranks."""
+    """Replies per iteration, over all ranks."""
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"]
+    """`gae`: from the values of a critic. The others need none: a reply's score less its KL penalty is compared with the other replies to
+    its prompt (`rloo`, `grpo`) or with the batch (`reinforce`); algorithms/baselines.py."""
+    samples_per_prompt: Count
+    """Replies to each prompt; divides `batch`. `rloo` and `grpo` need two or more, and whole prompts on each policy rank."""
     minibatches: Count
     """Optimizer steps per epoch; divides `batch`."""
     epochs: Count
@@ -47,11 +52,22 @@ class PPO(Settings):
     kl: KL
     """The leash to the reference."""
     gamma: Annotated[float, Gt(0), Le(1)]
-    """Discount per token."""
+    """Discount per token (`advantage=gae`)."""
     lam: Share
-    """GAE's lambda."""
+    """GAE's lambda (`advantage=gae`)."""
     clip: Positive
     """Ratio clip: the objective is flat outside 1 +- clip."""
+    dual_clip: Annotated[float, Gt(1)] | None
+    """Where the advantage is negative, the ratio counts as this at most (Ye et al. 1912.09729); above 1 + `clip`. null: no limit."""
+    entropy: NotNegative
+    """Weight of the entropy bonus, nats per token, in the policy loss."""
+    old_logprobs: Literal["trainer", "behaviour"]
+    """`trainer`: the policy's own, one more forward pass over the batch. `behaviour`: those of the engine that sampled stand in, if its
+    weights are the policy's and its gap on each rank's first piece is within `engine_gap_limit`; if not, that step takes the trainer's."""
+    engine_gap_limit: NotNegative
+    """Mean |old - behaviour|, nats per token, up to which `old_logprobs=behaviour` is followed."""
+    importance_cap: Positive | None
+    """Truncated importance sampling: a token's loss is weighted by min(exp(old - behaviour), this); algorithms/importance.py. null: 1."""
     value_clip: Positive
     """Clip of the value's move from the value at sampling time."""
     whiten: bool
@@ -74,3 +90,11 @@ class PPO(Settings):
     """AdamW's epsilon (the reference reproductions use 1e-5)."""
     max_grad_norm: Positive
     """Gradient norm above which gradients are scaled down."""
+
+    def has_critic(self) -> bool:
+        """Whether there is a critic: otherwise its role is not started, and its settings do nothing."""
+        return self.advantage == "gae"
+
+    def compares_replies(self) -> bool:
+        """Whether the replies to one prompt are compared with each other, and so must be several, on one rank."""
+        return self.advantage in ("rloo", "grpo")

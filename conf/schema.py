@@ -16,6 +16,7 @@ from conf.ppo import PPO
 from conf.settings import Count, NotNegative, Positive, Settings, Whole
 from conf.sources import FilesData, WorldData
 
+PPO_ROLES = ("policy", "critic", "reference", "reward", "rollout")
 STAGES = ("pretrain", "sft", "compare", "reward_model", "ppo", "evaluate")
 
 
@@ -331,6 +332,11 @@ class Config(Settings):
     """Metrics."""
     ray: Ray
     """Cluster."""
+
+    def roles_of_ppo(self) -> list[str]:
+        """The roles that PPO starts ranks for."""
+        absent = {"critic": not self.ppo.has_critic(), "reference": self.policy_is_reference()}
+        return [role for role in PPO_ROLES if not absent.get(role, False)]
 
     def policy_is_reference(self) -> bool:
         """Whether PPO's policy ranks answer for the reference, with their adapters off."""

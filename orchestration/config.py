@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 import conf
-from conf.schema import Config
+from conf.schema import PPO_ROLES, Config
 from conf.sources import FilesData, Part, WorldData
 from orchestration.errors import RequestError
 
@@ -39,7 +39,6 @@ SUFFIXES = {
     "dataset": (".parquet", ".arrow", ".jsonl", ".ndjson", ".json"),
 }
 """Names of the files that are read from a folder, by format; each may end in .gz besides."""
-ROLES = ("policy", "critic", "reference", "reward", "rollout")
 
 
 def load(overrides: Sequence[str], working_directory: Path | None = None) -> Config:
@@ -192,6 +191,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _files(config)
     yield from _pretraining(config)
     yield from _adapters(config)
+    yield from _ppo(config)
     yield from _choices(config)
 
 
@@ -212,12 +212,12 @@ def _shapes(config: Config) -> Iterable[str]:
 
 def _ranks(config: Config) -> Iterable[str]:
     place, ppo = config.placement, config.ppo
-    started = [role for role in ROLES if role != "reference" or not config.policy_is_reference()]
-    together = math.lcm(*(getattr(place, role).ranks for role in started))
+    roles = config.roles_of_ppo()
+    together = math.lcm(*(getattr(place, role).ranks for role in roles))
     if ppo.batch % together:
-        counts = ", ".join(f"{role} {getattr(place, role).ranks}" for role in started)
+        counts = ", ".join(f"{role} {getattr(place, role).ranks}" for role in roles)
         yield f"ppo.batch={ppo.batch}: not divisible by {together}, the least common multiple of the roles' ranks ({counts})"
-    for role in ("policy", "critic"):
+    for role in ("policy", "critic") if ppo.has_critic() else ("policy",):
         ranks = getattr(place, role).ranks
         if ppo.batch % (ranks * ppo.minibatches):
             yield f"ppo.batch={ppo.batch}: not divisible by ppo.minibatches={ppo.minibatches} x placement.{role}.ranks={ranks}"
@@ -228,10 +228,29 @@ def _ranks(config: Config) -> Iterable[str]:
         if batch % place.train.ranks:
             yield f"{stage}.batch={batch}: not divisible by placement.train.ranks={place.train.ranks}"
     if config.runtime == "local":
-        for role in ("train", *ROLES):
+        for role in ("train", *PPO_ROLES):
             if getattr(place, role).ranks > 1:
                 ranks = getattr(place, role).ranks
                 yield f"placement.{role}.ranks={ranks}: runtime=local runs one rank per role; use placement=cpu, or runtime=ray"
+
+
+def _ppo(config: Config) -> Iterable[str]:
+    ppo, ranks = config.ppo, config.placement.policy.ranks
+    samples = ppo.samples_per_prompt
+    if ppo.compares_replies() and samples < 2:
+        yield (
+            f"ppo.samples_per_prompt={samples}: ppo.advantage={ppo.advantage} compares the replies to one prompt; set it to 2 or more, or "
+            "use ppo.advantage=reinforce"
+        )
+    if ppo.batch % samples:
+        yield f"ppo.batch={ppo.batch}: not divisible by ppo.samples_per_prompt={samples}"
+    elif ppo.compares_replies() and ppo.batch % (samples * ranks):
+        yield (
+            f"ppo.batch={ppo.batch}: not divisible by ppo.samples_per_prompt={samples} x placement.policy.ranks={ranks}; "
+            f"ppo.advantage={ppo.advantage} needs all replies to a prompt on one policy rank"
+        )
+    if ppo.dual_clip is not None and ppo.dual_clip <= 1 + ppo.clip:
+        yield f"ppo.dual_clip={ppo.dual_clip:g}: not above 1 + ppo.clip={1 + ppo.clip:g}; it would cut ratios that the clip leaves alone"
 
 
 def _files(config: Config) -> Iterable[str]:

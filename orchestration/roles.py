@@ -34,6 +34,7 @@ class PolicyGroup:
     def experience(
         self, rollouts: Pieces[Rollouts], scores: Pieces[Tensor], reference: Pieces[Tensor], values: Pieces[Tensor], beta: float
     ) -> Pieces[Experience]:
+        """`values` is empty without a critic."""
         return self.group.map(Policy.experience, rollouts, scores, reference, values, beta=beta)
 
     def update(self, experience: Pieces[Experience], pretraining: Pieces[Dialogues], step: int) -> Pieces[dict[str, float]]:
@@ -119,7 +120,7 @@ _TYPED = {"policy": PolicyGroup, "critic": CriticGroup, "reference": ReferenceGr
 
 @dataclass(frozen=True)
 class Roles:
-    """The groups a stage asked for; asking for another is an error of the stage."""
+    """The groups a stage asked for; asking for another is an error of the stage. `ppo` asks for a critic if the advantages need one."""
 
     policy: PolicyGroup
     critic: CriticGroup
@@ -158,4 +159,4 @@ def connect(config: Config) -> Runtime:
 
 def rank_counts(config: Config) -> Sequence[int]:
     """Ranks of every role that PPO starts, for cutting batches that all can share evenly."""
-    return [getattr(config.placement, name).ranks for name in CLASSES if name != "reference" or not config.policy_is_reference()]
+    return [getattr(config.placement, name).ranks for name in config.roles_of_ppo()]

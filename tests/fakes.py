@@ -119,8 +119,9 @@ def experience(seed: int, rows: int) -> Experience:
     zero = torch.zeros(())
     with torch.no_grad():
         logprobs, _ = LanguageModel(tiny_lm())(tokens, mask)
-    noise = [floats(seed + i, *tokens.shape, dtype=torch.float32) for i in range(4)]
-    found = (logprobs + 0.3 * noise[0], 0.3 * noise[1], noise[2], noise[3])
+    noise = [floats(seed + i, *tokens.shape, dtype=torch.float32) for i in range(5)]
+    old = logprobs + 0.3 * noise[0]
+    found = (old, 0.3 * noise[1], noise[2], noise[3], old + 0.3 * noise[4])
     return Experience(tokens, lengths, mask, *(torch.where(mask, x, zero) for x in found))
 
 

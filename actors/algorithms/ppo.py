@@ -20,19 +20,45 @@ class PolicyLoss:
     """Scalar, to be minimised."""
     clipped: Tensor
     """Share of tokens whose ratio the clip cut off (partial sum over `denominator`)."""
+    dual_clipped: Tensor
+    """Share of tokens that the dual clip cut off (partial sum over `denominator`)."""
     kl: Tensor
     """k3 estimate of KL(old || current) (partial sum over `denominator`)."""
 
 
-def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float, denominator: float) -> PolicyLoss:
-    """-mean min(r A, clip(r, 1 - clip, 1 + clip) A), with r = exp(logprobs - old); all [B, T]."""
+def policy_loss(
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+    denominator: float,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+) -> PolicyLoss:
+    """-mean w min(r A, clip(r, 1 - clip, 1 + clip) A), with r = exp(logprobs - old); all [B, T].
+
+    Args:
+        dual_clip: c > 1; where A < 0 the minimum is not let below c A, so that a ratio that has run away cannot blow up the loss
+            (Ye et al. 1912.09729, equation 5).
+        weights: w, [B, T], constants (importance.py); None: 1.
+    """
     log_ratio = torch.where(mask, logprobs - old, torch.zeros_like(old))
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    losses = torch.maximum(unclipped, clipped)
+    cut = torch.zeros_like(mask)
+    if dual_clip is not None:
+        most = -advantages * dual_clip
+        cut = (advantages < 0) & (losses > most)
+        losses = torch.where(cut, most, losses)
+    if weights is not None:
+        losses = weights * losses
     return PolicyLoss(
-        loss=masked_sum(torch.maximum(unclipped, clipped), mask) / denominator,
+        loss=masked_sum(losses, mask) / denominator,
         clipped=masked_sum((clipped > unclipped).to(ratio.dtype), mask).detach() / denominator,
+        dual_clipped=masked_sum(cut.to(ratio.dtype), mask).detach() / denominator,
         kl=masked_sum(k3(old, torch.where(mask, logprobs, old)), mask).detach() / denominator,
     )
 

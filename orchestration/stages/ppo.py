@@ -6,6 +6,8 @@
                                              +-> (policy's own log-probs) -------+
     then policy.weights -> rollout.load_weights, and a commit every `commit.every` steps
 
+The critic is there for `ppo.advantage=gae` alone.
+
 The driver passes references to pieces of a micro-batch's size; it never holds a tensor of them. What runs in parallel is whatever has
 its inputs: scores, reference log-probs and values together, then both updates together.
 """
@@ -26,7 +28,7 @@ from orchestration.data.chat import load_tokenizer
 from orchestration.data.fitting import fitting_prompts
 from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
-from orchestration.roles import Roles
+from orchestration.roles import CriticGroup, PolicyGroup, Roles
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.stages.context import StageContext
 
@@ -39,7 +41,8 @@ def run(context: StageContext) -> dict[str, Any]:
     sft, reward = str(context.input("sft")), str(context.input("reward_model"))
     _check_tokenizers(context)
     prompts, lost = _prompts(context)
-    checkpoints = {"policy": sft, "critic": reward, "reference": sft, "reward": reward, "rollout": sft}
+    checkpoints = {"policy": sft, "reference": sft, "reward": reward, "rollout": sft}
+    checkpoints |= {"critic": reward} if context.config.ppo.has_critic() else {}
     context.metrics.begin("ppo", context.config.ppo.steps)
     started = roles.start(context.runtime, context.config, checkpoints)
     try:
@@ -66,6 +69,9 @@ class Loop:
         self.controller = KLController(kl.beta, kl.controller == "adaptive", kl.target, kl.horizon)
         self.phases: dict[str, float] = {}
         self.together = math.lcm(*roles.rank_counts(self.config))
+        self.learners: dict[str, PolicyGroup | CriticGroup] = {"policy": self.roles.policy}
+        if self.ppo.has_critic():
+            self.learners["critic"] = self.roles.critic
 
     def run(self) -> dict[str, Any]:
         within: dict[str, float] = {}
@@ -91,9 +97,10 @@ class Loop:
         return result | {"stopped_by": stopped_by} | self.text_losses()
 
     def sample(self, step: int) -> Pieces[Rollouts]:
-        """This step's prompts and one reply to each."""
-        index = step_rows(self.prompts.lengths, self.ppo.batch, step, self.config.seed, pool=1)
-        pieces = cut(self.prompts.select(index), self.together, self.config.engine.micro_batch)
+        """This step's prompts and the replies to them, those to one prompt next to each other: so they reach the same rank."""
+        samples = self.ppo.samples_per_prompt
+        index = step_rows(self.prompts.lengths, self.ppo.batch // samples, step, self.config.seed, pool=1)
+        pieces = cut(self.prompts.select(index).repeated(samples), self.together, self.config.engine.micro_batch)
         sampling = Sampling(self.ppo.temperature, self.ppo.max_new_tokens, self.config.seed, step)
         rollouts = self.roles.rollout.generate(self.runtime.put(pieces), sampling)
         self.timed("rollout", f"replies of PPO step {step + 1}", rollouts)
@@ -103,17 +110,18 @@ class Loop:
         """Scores, reference log-probs and values in parallel; from them rewards, advantages and the samples' figures."""
         scores = self.roles.reward.score(rollouts)
         reference = self.roles.reference.logprobs(rollouts, self.ppo.temperature)
-        values = self.roles.critic.values(rollouts)
+        values = self.roles.critic.values(rollouts) if self.ppo.has_critic() else self.runtime.put([])
         experience = self.roles.policy.experience(rollouts, scores, reference, values, self.controller.beta)
         self.timed("scoring", f"scores, log-probs and values of PPO step {step + 1}", scores, reference, values, experience)
         return experience, self.runtime.get(self.roles.policy.describe(), "the samples' figures")[0]
 
     def learn(self, experience: Pieces[Experience], step: int) -> dict[str, float]:
-        """Both models learn from the experience, at the same time."""
-        policy = self.roles.policy.update(experience, self.runtime.put(self.pretraining_of(step)), step)
-        critic = self.roles.critic.update(experience, step)
-        self.timed("learning", f"policy and critic to learn in PPO step {step + 1}", policy, critic)
-        return self.runtime.get(policy, "the policy's figures")[0] | self.runtime.get(critic, "the critic's figures")[0]
+        """Policy and critic learn from the experience, at the same time."""
+        updates = [self.roles.policy.update(experience, self.runtime.put(self.pretraining_of(step)), step)]
+        if self.ppo.has_critic():
+            updates.append(self.roles.critic.update(experience, step))
+        self.timed("learning", f"{' and '.join(self.learners)} to learn in PPO step {step + 1}", *updates)
+        return {name: value for found in updates for name, value in self.runtime.get(found, "the updates' figures")[0].items()}
 
     def sync(self, version: int) -> None:
         """The policy's weights to every rollout engine."""
@@ -167,22 +175,22 @@ class Loop:
             return 0
         if point.memory["ranks"] != self.ranks():
             raise RequestError(
-                f"placement.policy.ranks, placement.critic.ranks: the commit of step {point.step} was made by "
+                f"{', '.join(f'placement.{name}.ranks' for name in self.learners)}: the commit of step {point.step} was made by "
                 f"{point.memory['ranks']} ranks, now there are {self.ranks()}; go on with as many, or start the stage again with from=ppo"
             )
-        loaded = (self.roles.policy.load_state(str(point.folder / "policy")), self.roles.critic.load_state(str(point.folder / "critic")))
-        self.runtime.wait(*loaded, what=f"policy and critic to load the commit of step {point.step}")
+        loaded = [role.load_state(str(point.folder / name)) for name, role in self.learners.items()]
+        self.runtime.wait(*loaded, what=f"{' and '.join(self.learners)} to load the commit of step {point.step}")
         self.controller = replace(self.controller, beta=point.memory["beta"])
         self.sync(point.step)
         return point.step
 
     def ranks(self) -> list[int]:
-        return [self.config.placement.policy.ranks, self.config.placement.critic.ranks]
+        return [getattr(self.config.placement, name).ranks for name in self.learners]
 
     def commit(self, step: int) -> None:
-        """Everything a resume needs: both engines with their optimizers, and beta. Prompts and samples follow from seed and step."""
+        """Everything a resume needs: the engines with their optimizers, and beta. Prompts and samples follow from seed and step."""
         folder = self.context.directory.begin_state(step)
-        saved = (self.roles.policy.save_state(str(folder / "policy")), self.roles.critic.save_state(str(folder / "critic")))
+        saved = [role.save_state(str(folder / name)) for name, role in self.learners.items()]
         self.runtime.wait(*saved, what=f"the commit of PPO step {step}")
         self.context.directory.seal_state(step, {"beta": self.controller.beta, "ranks": self.ranks()})
 
@@ -213,7 +221,7 @@ def _prompts(context: StageContext) -> tuple[Prompts, dict[str, int]]:
     config, chat = context.config, context.chat
     room = context.longest - config.ppo.max_new_tokens
     fitting, shortened, left_out = fitting_prompts(context.corpus.prompts, chat, room)
-    if len(fitting) < config.ppo.batch:
+    if len(fitting) < config.ppo.batch // config.ppo.samples_per_prompt:
         raise RequestError(
             f"ppo.batch={config.ppo.batch}: only {len(fitting)} of {len(context.corpus.prompts)} prompts leave room for "
             f"ppo.max_new_tokens={config.ppo.max_new_tokens}; lower ppo.batch, or give more prompts"

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from actors.algorithms.kl import k1
+from actors.algorithms.ppo import policy_loss
 from actors.batch import Comparisons, Dialogues, Experience, Rollouts
 from actors.critic import Critic
 from actors.engine import Optimizer
 from actors.language_task import LanguageTask
 from actors.learning import optimizer_step
-from actors.models import LanguageModel
+from actors.models import LanguageModel, load_causal_lm
 from actors.policy import Policy
 from actors.preference_task import PreferenceTask
 from actors.reference import Reference
@@ -66,8 +67,11 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 Updated = tuple[dict[str, Tensor], dict[str, float]]
 
 
-def policy_updated(folders: dict[str, str], micro_batch: int, ptx: float = 0.0) -> Updated:
-    policy = role(Policy, folders["lm"], config(micro_batch, ptx=ptx))
+EXTRAS = {"dual_clip": 1.25, "entropy": 0.3, "importance_cap": 1.1}
+
+
+def policy_updated(folders: dict[str, str], micro_batch: int, ptx: float = 0.0, **ppo: float) -> Updated:
+    policy = role(Policy, folders["lm"], config(micro_batch, ptx=ptx, **ppo))
     before = weights(policy)
     figures = policy.update([experience(0, 5), experience(1, 3)], [dialogues(2, 6)] if ptx else [], step=0)
     assert moved(before, weights(policy)) > 1e-4
@@ -106,6 +110,7 @@ def preference_updated(folders: dict[str, str], micro_batch: int, ranked: bool) 
 
 UPDATES: dict[str, Callable[[dict[str, str], int], Updated]] = {
     "policy": policy_updated,
+    "policy with extras": lambda folders, size: policy_updated(folders, size, **EXTRAS),
     "policy with ptx": lambda folders, size: policy_updated(folders, size, ptx=2.0),
     "critic": critic_updated,
     "sft": sft_updated,
@@ -133,6 +138,56 @@ def test_the_policys_step_is_gradient_descent_on_the_loss_of_the_whole_batch(fol
     (-objective[rows.mask].mean()).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(updated[name], parameter.detach() - 1e-2 * parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_dual_clip_importance_weights_and_entropy_bonus_are_in_the_loss_of_the_whole_batch(folders: dict[str, str]) -> None:
+    updated, figures = policy_updated(folders, 3, **EXTRAS)
+    model = LanguageModel(tiny_lm())
+    rows = Experience.join([experience(0, 5), experience(1, 3)])
+    logprobs, entropy = model(rows.tokens, rows.mask)
+    ratio, weight = (logprobs - rows.old_logprobs).exp(), (rows.old_logprobs - rows.behaviour).exp()
+    objective = torch.minimum(ratio * rows.advantages, ratio.clamp(0.8, 1.2) * rows.advantages)
+    objective = torch.where(rows.advantages < 0, torch.maximum(objective, 1.25 * rows.advantages), objective)
+    loss = -(weight.clamp(max=1.1) * objective)[rows.mask].mean()
+    (loss - 0.3 * entropy[rows.mask].mean()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(updated[name], parameter.detach() - 1e-2 * parameter.grad, atol=1e-5, rtol=1e-4)
+    wanted = {
+        "policy_loss": loss,
+        "entropy": entropy[rows.mask].mean(),
+        "importance_mean": weight[rows.mask].clamp(max=1.1).mean(),
+        "importance_truncated": (weight[rows.mask] > 1.1).float().mean(),
+        "dual_clip_share": ((rows.advantages < 0) & (ratio > 1.25))[rows.mask].float().mean(),
+    }
+    assert {name: figures[name] for name in wanted} == pytest.approx({name: float(x) for name, x in wanted.items()}, abs=1e-5)
+    assert min(figures["importance_truncated"], figures["dual_clip_share"]) > 0
+
+
+def test_without_their_settings_the_extras_leave_plain_ppo_and_say_so(folders: dict[str, str]) -> None:
+    _, figures = policy_updated(folders, 3)
+    assert (figures["importance_mean"], figures["importance_truncated"], figures["dual_clip_share"]) == (pytest.approx(1.0), 0.0, 0.0)
+
+
+def test_ptx_0_is_plain_ppo_bit_by_bit_whether_or_not_there_is_text(folders: dict[str, str]) -> None:
+    found = []
+    for text in ([], [dialogues(2, 6)]):
+        policy = role(Policy, folders["lm"], config(4, ptx=0.0))
+        figures = policy.update([experience(0, 5), experience(1, 3)], text, step=0)
+        found.append((weights(policy), figures))
+    assert found[0][1] == found[1][1]
+    assert moved(found[0][0], found[1][0]) == 0.0
+    engine = make_engine(config(4), LanguageModel(load_causal_lm(folders["lm"])), SGD)  # and PPO with no word of text in it
+    rows = Experience.join([experience(0, 5), experience(1, 3)])
+    tokens = float(rows.mask.sum())
+
+    def plain(piece: Experience) -> Tensor:
+        logprobs, _ = engine(piece.tokens, piece.mask, 1.0)
+        return policy_loss(logprobs, piece.old_logprobs, piece.advantages, piece.mask, 0.2, tokens).loss
+
+    engine.train(False)
+    optimizer_step(engine, [(plain, rows)], 4, RATE)
+    assert moved(found[0][0], engine.weights()) == 0.0
+    assert moved(found[0][0], policy_updated(folders, 4, ptx=1e-3)[0]) > 0.0
 
 
 def test_ptx_adds_gamma_times_the_language_loss_to_the_same_step(folders: dict[str, str]) -> None:

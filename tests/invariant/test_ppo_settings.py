@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.batch import Rollouts
 from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
+from actors.rollout import Rollout
 from conf.ppo import PPO
 from orchestration import config as configuration
 from orchestration.data.chat import Chat, learn_tokenizer
@@ -19,18 +21,23 @@ from orchestration.data.world import scenarios
 from orchestration.metrics import Metrics
 from orchestration.roles import connect
 from orchestration.run_directory import RunDirectory, read_records
+from orchestration.runtime.local import LocalRuntime
 from orchestration.stages import ppo
 from orchestration.stages.context import Shared, StageContext
 
 BASE = {
-    "steps": 3, "batch": 8, "minibatches": 2, "epochs": 1, "lr": 1e-2, "critic_lr": 1e-2, "warmup": 0,
+    "steps": 3, "batch": 8, "advantage": "gae", "samples_per_prompt": 1, "minibatches": 2,
+    "epochs": 1, "lr": 1e-2, "critic_lr": 1e-2, "warmup": 0,
     "kl.controller": "adaptive", "kl.beta": 0.1, "kl.target": 0.01, "kl.horizon": 100.0, "kl.budget": 1e6,
+    "dual_clip": "null", "entropy": 0.0, "old_logprobs": "behaviour", "engine_gap_limit": 0.01, "importance_cap": "null",
     "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "whiten": True, "reward_clip": 10.0, "missing_end_penalty": 1.0,
     "temperature": 1.0, "max_new_tokens": 8, "ptx": 0.5, "ptx_batch": 4, "weight_decay": 0.0, "adam_epsilon": 1e-5, "max_grad_norm": 1.0,
 }  # fmt: skip
 FLIPPED = {
-    "steps": 2, "batch": 4, "minibatches": 1, "epochs": 2, "lr": 1e-3, "critic_lr": 1e-3, "warmup": 3,
+    "steps": 2, "batch": 4, "advantage": "reinforce", "samples_per_prompt": 2, "minibatches": 1,
+    "epochs": 2, "lr": 1e-3, "critic_lr": 1e-3, "warmup": 3,
     "kl.controller": "fixed", "kl.beta": 0.5, "kl.target": 100.0, "kl.horizon": 1000.0, "kl.budget": 1e-9,
+    "dual_clip": 1.21, "entropy": 0.1, "old_logprobs": "trainer", "engine_gap_limit": 1e-12, "importance_cap": 0.5,
     "gamma": 0.5, "lam": 0.1, "clip": 1e-3, "value_clip": 1e-3, "whiten": False, "reward_clip": 1e-3, "missing_end_penalty": 0.0,
     "temperature": 0.5, "max_new_tokens": 4, "ptx": 0.0, "ptx_batch": 2, "weight_decay": 0.5, "adam_epsilon": 1e-2, "max_grad_norm": 1e-3,
 }  # fmt: skip
@@ -50,12 +57,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outcome(start: Path, folder: Path, changed: dict[str, Any]) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
+
+
+def outcome(start: Path, folder: Path, changed: dict[str, Any], *more: str) -> Outcome:
     """Figures of every step but the times, and the weights at the end."""
     words = [f"ppo.{name}={value}" for name, value in (BASE | changed).items()]
     config = configuration.load(
         ["experiment=smoke", "runtime=local", "stage=ppo", "data.demonstrations=64", "data.prompts=64", "logging.progress=false",
-         f"run_dir={folder}", f"policy_checkpoint={start / 'lm'}", f"reward_checkpoint={start / 'rm'}", *words]
+         f"run_dir={folder}", f"policy_checkpoint={start / 'lm'}", f"reward_checkpoint={start / 'rm'}", *words, *more]
     )  # fmt: skip
     run = RunDirectory(folder, 1)
     context = StageContext("ppo", config, run, Metrics(config), Shared(config, open_source(config), connect))
@@ -66,7 +76,7 @@ def outcome(start: Path, folder: Path, changed: dict[str, Any]) -> tuple[list[di
 
 
 @pytest.fixture(scope="module")
-def unchanged(start: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def unchanged(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return outcome(start, tmp_path_factory.mktemp("base"), {})
 
 
@@ -86,3 +96,50 @@ def test_the_same_settings_give_the_same_result_bit_by_bit(start: Path, unchange
 @pytest.mark.parametrize("name", FLIPPED)
 def test_flipping_changes_a_figure_or_a_weight(name: str, start: Path, unchanged: tuple, tmp_path: Path) -> None:
     assert not same(unchanged, outcome(start, tmp_path, {name: FLIPPED[name]}))
+
+
+WITHOUT_CRITIC = {
+    "rloo": {"advantage": "rloo", "samples_per_prompt": 2},
+    "grpo": {"advantage": "grpo", "samples_per_prompt": 4},
+    "reinforce": {"advantage": "reinforce"},
+}
+
+
+@pytest.mark.parametrize("advantage", WITHOUT_CRITIC)
+def test_without_a_critic_none_is_started_saved_or_loaded_and_a_resumed_run_ends_bit_by_bit_alike(
+    advantage: str, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    begin = LocalRuntime.start
+    monkeypatch.setattr(LocalRuntime, "start", lambda self, requests: asked.append([r.name for r in requests]) or begin(self, requests))
+    whole = outcome(start, tmp_path, WITHOUT_CRITIC[advantage], "commit.every=2")
+    assert asked == [["policy", "reference", "reward", "rollout"]]
+    state = next((tmp_path / "round_01/ppo/state").iterdir())
+    assert [folder.name for folder in state.iterdir() if folder.is_dir()] == ["policy"]
+    assert not any("critic" in name or "value" in name or "variance" in name for name in whole[0][0])
+    assert all(record["policy_grad_norm"] > 0 for record in whole[0])
+    again = outcome(start, tmp_path, WITHOUT_CRITIC[advantage], "commit.every=2")  # goes on from the commit of step 2
+    assert [record["step"] for record in again[0]] == [1, 2, 3]
+    assert same(whole, again)
+
+
+def test_each_kind_of_advantage_learns_something_else(start: Path, unchanged: tuple, tmp_path: Path) -> None:
+    four = {"samples_per_prompt": 4}
+    found = [outcome(start, tmp_path / name, more | four)[1] for name, more in ({"gae": {"advantage": "gae"}} | WITHOUT_CRITIC).items()]
+    for n, one in enumerate(found):
+        for other in found[n + 1 :]:
+            assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_samples_of_a_prompt_differ_and_come_next_to_each_other(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Rollouts] = []
+    generate = Rollout.generate
+    monkeypatch.setattr(Rollout, "generate", lambda self, pieces, sampling: seen.extend(found := generate(self, pieces, sampling)) or found)
+    outcome(start, tmp_path, {"steps": 1, "batch": 8, **WITHOUT_CRITIC["grpo"]})
+    step = Rollouts.join(seen).select(slice(0, 8))
+    assert step.keys[:, 1].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert len(step.keys[:4, 0].unique()) == len(step.keys[4:, 0].unique()) == 1
+    assert step.keys[0, 0] != step.keys[4, 0]
+    prompt = int(step.mask[0].nonzero()[0])
+    assert torch.equal(step.tokens[0, :prompt], step.tokens[1, :prompt])
+    assert len({tuple(row) for row in step.tokens[:4].tolist()}) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from transformers import AutoModelForCausalLM
 
-from actors.batch import Comparisons, Experience
-from actors.engine import Optimizer, sum_over_ranks
+from actors import models
+from actors.batch import Comparisons, Dialogues, Experience
+from actors.engine import Engine, Optimizer, sum_over_ranks
 from actors.learning import optimizer_step
-from actors.models import LanguageModel
+from actors.models import LanguageModel, shape_config
 from actors.policy import Policy
 from actors.preference_task import PreferenceTask
 from actors.worker import RankSpec, make_engine, process_group_of_one, start_process_group
@@ -29,6 +32,7 @@ SIZES = (2, 5, 2, 4)
 
 def config(zero_stage: int):
     plain = {"lr": 100.0, "warmup": 0, "adam_epsilon": 1e4, "max_grad_norm": 1e9, "minibatches": 1, "batch": ROWS, "ptx": 1.5}
+    plain |= {"dual_clip": 1.25, "entropy": 0.3, "importance_cap": 1.1}
     return with_section(smoke(f"engine.zero_stage={zero_stage}", "engine.micro_batch=3"), "ppo", **plain)
 
 
@@ -48,8 +52,42 @@ def work(rank: int, ranks: int, checkpoint: str) -> dict[str, Any]:
     reference = [0.3 + logprobs for logprobs in policy.logprobs([sampled])]
     found["experience"] = policy.experience([sampled], [scores], reference, [values], beta=0.1)[0]
     found["described"] = policy.describe()
+    sampled.keys[:, 0] = torch.arange(ROWS)[share] // 2  # two replies to each prompt
+    for advantage in ("rloo", "grpo", "reinforce"):
+        policy.config = with_section(config(0), "ppo", advantage=advantage)
+        found[advantage] = policy.experience([sampled], [scores], reference, [], beta=0.1)[0]
+    policy.config = with_section(config(0), "ppo", old_logprobs="behaviour", engine_gap_limit=0.1)
+    policy.weights(version=0)
+    (own,) = policy.logprobs([sampled])
+    for name, gap in (("near", 0.05), ("far on one rank", 0.15 * 2 * (rank == ranks - 1))):
+        sampled.behaviour = (own + gap) * sampled.mask
+        found[name] = policy.experience([sampled], [scores], reference, [values], beta=0.1)[0], policy.describe()
+    found["partitioned"] = partitioned(rank, ranks, 3)
     found["sum"] = float(sum_over_ranks(torch.tensor(float(rank + 1)), torch.device("cpu")))
     return found
+
+
+def partitioned(rank: int, ranks: int, stage: int) -> dict[str, torch.Tensor]:
+    """Weights after a step of a model whose output embedding is large enough for ZeRO-3 to partition it; micro-batches of other lengths
+    on each rank, so that their logits come in other numbers of chunks."""
+    shape = shape_config(smoke("scale.width=32", "scale.heads=2").scale, 1000, 0.0, 1, 0)
+    shape.tie_word_embeddings = False
+    torch.manual_seed(0)
+    module = LanguageModel(AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
+    engine = Engine(module, Optimizer(1.0, 0.0, 1e9, 1e4), zero_stage=stage, offload=False, dtype="fp32", micro_batch=2)
+    engine.train(False)
+    rows = dialogues(7, 4).select(slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)).trimmed()
+    with torch.no_grad():
+        engine(rows.tokens, rows.mask, 0.7)
+
+    def loss(piece: Dialogues) -> torch.Tensor:
+        logprobs, entropy = engine(piece.tokens, piece.mask, 0.7)
+        return (logprobs + 0.1 * entropy)[piece.mask].sum() / 10
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(models, "token_logprobs", functools.partial(models.token_logprobs, chunk=2 * 1000))
+        optimizer_step(engine, [(loss, rows)], 2, 100.0)
+    return engine.weights()
 
 
 def ranking(rank: int, ranks: int, stage: int, checkpoint: str) -> dict[str, torch.Tensor]:
@@ -111,6 +149,33 @@ def test_advantages_are_whitened_over_the_tokens_of_all_ranks(found) -> None:
     means = [float(rank["experience"].advantages[rank["experience"].mask].mean()) for rank in two]
     assert min(map(abs, means)) > 0.05  # whitened on its own, each half would have mean 0
     assert float(together.advantages[together.mask].mean()) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce"])
+def test_advantages_without_a_critic_are_those_of_the_whole_batch_on_one_rank(found, advantage: str) -> None:
+    one, two = found
+    together = Experience.join([rank[advantage] for rank in two])
+    torch.testing.assert_close(together.advantages, one[advantage].advantages, atol=1e-5, rtol=1e-5)
+    assert float(together.advantages[together.mask].abs().max()) > 0.1
+    assert not together.returns.any() and not together.old_values.any()
+
+
+def test_ranks_take_the_engines_log_probs_together_or_not_at_all(found) -> None:
+    _, two = found
+    for name, stands_in in (("near", 1.0), ("far on one rank", 0.0)):  # the far one's mean over both ranks is beyond the limit
+        assert [rank[name][1]["old_from_behaviour"] for rank in two] == [stands_in] * 2
+        assert two[0][name][1]["engine_gap_mean"] == two[1][name][1]["engine_gap_mean"]
+    for rank in two:
+        assert not torch.equal(rank["near"][0].old_logprobs, rank["far on one rank"][0].old_logprobs)
+
+
+def test_a_partitioned_output_embedding_learns_what_a_whole_one_does(found) -> None:
+    one, two = found
+    whole = partitioned(0, 1, 0)
+    for weights in (one["partitioned"], *(rank["partitioned"] for rank in two)):
+        assert weights.keys() == whole.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-5)
 
 
 def test_the_samples_figures_are_those_of_all_ranks(found) -> None:

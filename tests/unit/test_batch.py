@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.batch import Comparisons, Dialogues, Rollouts, join_rows, pad_rows
+from actors.batch import Comparisons, Dialogues, Prompts, Rollouts, join_rows, pad_rows
 from tests.fakes import comparisons, dialogues, quickly, rollouts
 
 
@@ -86,3 +86,12 @@ def test_trimming_does_not_mistake_keys_for_tokens() -> None:
     tokens, lengths, mask = torch.tensor([[5, 0]]), torch.tensor([1]), torch.tensor([[True, False]])
     rows = Rollouts(tokens, lengths, mask, torch.zeros(1, 2), torch.tensor([True]), torch.tensor([[3, 4]]), torch.tensor([0]))
     assert rows.trimmed().keys.tolist() == [[3, 4]]
+
+
+def test_repeated_prompts_stand_next_to_each_other_with_their_samples_counted() -> None:
+    prompts = Prompts(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]), torch.tensor([[7, 0], [4, 0]]))
+    found = prompts.repeated(3)
+    assert found.keys.tolist() == [[7, 0], [7, 1], [7, 2], [4, 0], [4, 1], [4, 2]]
+    assert found.tokens.tolist() == [[1, 2]] * 3 + [[3, 0]] * 3
+    assert found.lengths.tolist() == [2, 2, 2, 1, 1, 1]
+    assert prompts.repeated(1).keys.tolist() == prompts.keys.tolist() == [[7, 0], [4, 0]]

@@ -9,6 +9,7 @@ import yaml
 from conf.schema import Config
 from conf.sources import FilesData
 from orchestration import config as configuration
+from orchestration import roles
 from orchestration.config import as_yaml, groups, leaves, load, nearest
 from orchestration.errors import RequestError
 from tests.fakes import smoke
@@ -132,6 +133,16 @@ def test_an_infinite_learning_rate_is_refused() -> None:
         (["ppo.batch=10", "placement.rollout.ranks=3"], "ppo.batch=10: not divisible by 3"),
         (["ppo.minibatches=3"], "ppo.batch=16: not divisible by ppo.minibatches=3"),
         (["ppo.ptx=1.0", "ppo.ptx_batch=3", "placement.policy.ranks=2"], "ppo.ptx_batch=3"),
+        (["ppo.advantage=rloo"], "ppo.samples_per_prompt=1: ppo.advantage=rloo compares the replies to one prompt"),
+        (["ppo.advantage=grpo"], "ppo.samples_per_prompt=1: ppo.advantage=grpo"),
+        (["ppo.samples_per_prompt=3"], "ppo.batch=16: not divisible by ppo.samples_per_prompt=3"),
+        (
+            ["ppo.advantage=rloo", "ppo.samples_per_prompt=8", "ppo.batch=24", "placement.policy.ranks=2"],
+            "ppo.batch=24: not divisible by ppo.samples_per_prompt=8 x placement.policy.ranks=2; ppo.advantage=rloo needs",
+        ),
+        (["ppo.dual_clip=1.2"], "ppo.dual_clip=1.2: not above 1 + ppo.clip=1.2"),
+        (["ppo.dual_clip=1.0"], "ppo.dual_clip=1.0: Input should be greater than 1"),
+        (["ppo.advantage=a2c"], "ppo.advantage='a2c'"),
         (["sft.batch=7", "placement.train.ranks=2"], "sft.batch=7: not divisible by placement.train.ranks=2"),
         (["runtime=local", "placement.critic.ranks=2"], "placement.critic.ranks=2: runtime=local"),
         (["labeler=recorded"], "labeler=recorded"),
@@ -257,3 +268,24 @@ def test_leaves_are_the_dotted_names_of_all_settings() -> None:
 def test_nearest_lists_all_names_by_likeness() -> None:
     assert nearest("ppo.lr", ["seed", "ppo.lam", "ppo.lr"])[0] == "ppo.lr"
     assert sorted(nearest("x", ["b", "a"])) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["ppo.advantage=reinforce"],
+        ["ppo.advantage=rloo", "ppo.samples_per_prompt=2"],
+        ["ppo.advantage=grpo", "ppo.samples_per_prompt=16"],
+        ["ppo.samples_per_prompt=8", "ppo.batch=24", "placement.policy.ranks=2"],  # compares nothing: a prompt may be on both ranks
+        ["ppo.advantage=reinforce", "placement.critic.ranks=3"],  # of a role that is not started
+        ["ppo.dual_clip=1.3", "ppo.old_logprobs=behaviour", "ppo.importance_cap=2.0"],
+    ],
+)
+def test_what_needs_no_critic_or_compares_no_replies_is_not_held_to_their_rules(overrides: list[str]) -> None:
+    configuration.load(["experiment=smoke", *overrides])
+
+
+def test_a_critic_is_counted_in_the_roles_ranks_only_where_there_is_one() -> None:
+    three = ("experiment=smoke", "placement.critic.ranks=2")
+    assert roles.rank_counts(configuration.load([*three])) == [1, 2, 1, 1, 1]
+    assert roles.rank_counts(configuration.load([*three, "ppo.advantage=reinforce"])) == [1, 1, 1, 1]

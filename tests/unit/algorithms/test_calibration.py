@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from actors.algorithms.calibration import BINS, calibration_error, describe, pairs
 from actors.algorithms.preference import ranking_loss
+from tests.fakes import quickly
 
 
+@quickly
 @given(seed=st.integers(0, 10_000), sizes=st.lists(st.integers(2, 5), min_size=1, max_size=4))
 def test_pairs_are_those_a_loop_over_each_prompt_finds(seed: int, sizes: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)

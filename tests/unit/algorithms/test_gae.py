@@ -6,16 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.algorithms.gae import gae, last_index, shape_rewards
+from tests import references
 from tests.fakes import floats, mask_with_gaps, quickly
 
 SHAPES = {"seed": st.integers(0, 10**6), "rows": st.integers(1, 4), "width": st.integers(1, 10)}
-
-
-def textbook_advantages(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
-    """Schulman et al. 1506.02438, equation 16, term by term, over consecutive actions; V is 0 after the last."""
-    following = [*values[1:], 0.0]
-    deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, following, strict=True)]
-    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
 
 
 @quickly
@@ -27,7 +21,7 @@ def test_advantages_are_the_textbooks_over_the_actions_alone(seed: int, rows: in
     assert (returns[~mask] == 0).all()
     for b in range(rows):
         actions = mask[b].nonzero()[:, 0]
-        wanted = textbook_advantages(rewards[b, actions].tolist(), values[b, actions].tolist(), gamma, lam)
+        wanted = references.gae(rewards[b, actions].tolist(), values[b, actions].tolist(), gamma, lam)
         assert advantages[b, actions].tolist() == pytest.approx(wanted)
         assert returns[b, actions].tolist() == pytest.approx([a + float(v) for a, v in zip(wanted, values[b, actions], strict=True)])
 
@@ -61,8 +55,11 @@ def test_the_worked_case_of_a_gap_of_twenty_tokens() -> None:
     advantages, _ = gae(rewards, torch.full((1, 24), 0.5, dtype=torch.float64), mask, gamma=1.0, lam=0.95)
     first = float(advantages[0, 0])
     assert first == pytest.approx(0.4287, abs=5e-5)
-    assert abs(first - 0.1537) > 0.1  # lambda decaying through the gap
-    assert abs(first + 0.1510) > 0.1  # and the values in the gap being 0
+    # the two known mistakes, made here on purpose: lambda decays through the gap, and on top of it the gap's values are 0
+    through = references.gae(rewards[0].tolist(), [0.5] * 24, 1.0, 0.95)[0]
+    of_nothing = references.gae(rewards[0].tolist(), [0.5 * acts for acts in mask[0].tolist()], 1.0, 0.95)[0]
+    assert through == pytest.approx(0.1537, abs=5e-5)
+    assert of_nothing == pytest.approx(-0.1510, abs=5e-5)
     assert advantages[0, [1, 22, 23]].tolist() == pytest.approx([0.45125, 0.475, 0.5])
 
 
@@ -75,12 +72,8 @@ def test_rewards_are_the_kl_penalty_everywhere_and_the_score_at_the_last_reply_t
     finished = floats(seed + 2, rows) > 0
     rewards = shape_rewards(scores, kl, mask, beta, clip, finished, penalty)
     for b in range(rows):
-        last = max(t for t in range(width) if mask[b, t])
-        for t in range(width):
-            wanted = -beta * float(kl[b, t]) if mask[b, t] else 0.0
-            if t == last:
-                wanted += max(-clip, min(clip, float(scores[b]))) - (0.0 if finished[b] else penalty)
-            assert float(rewards[b, t]) == pytest.approx(wanted, abs=1e-12)
+        given_ = (float(scores[b]), kl[b].tolist(), mask[b].tolist(), beta, clip, bool(finished[b]), penalty)
+        assert rewards[b].tolist() == pytest.approx(references.shaped_rewards(*given_), abs=1e-12)
 
 
 def test_the_missing_end_penalty_comes_on_top_of_the_clipped_score() -> None:
@@ -99,3 +92,9 @@ def test_rewards_do_not_write_into_the_kl_they_are_made_from() -> None:
 def test_last_index_is_the_last_true_entry_and_minus_1_without_any() -> None:
     mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
     assert last_index(mask).tolist() == [2, 3, -1, 0]
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    mask = mask_with_gaps(3, 2, 5)
+    given_ = (floats(1, 2, 5).requires_grad_(), floats(2, 2, 5).requires_grad_())
+    assert torch.autograd.gradcheck(lambda r, v: gae(r, v, mask, 0.9, 0.8), given_)

@@ -93,3 +93,22 @@ def test_two_ranks_of_unequal_size_whiten_like_one_over_the_whole_batch(cut: int
     torch.testing.assert_close(torch.cat(reduced(whiten)), whiten(x, mask))
     alone = torch.cat([whiten(part, its_mask) for part, its_mask in parts])
     assert not torch.allclose(alone, whiten(x, mask), atol=1e-2)
+
+
+def test_a_single_token_whitens_to_0_and_equal_ones_too() -> None:
+    one = torch.tensor([[False, True, False]])
+    assert whiten(torch.tensor([[9.0, 5.0, 9.0]]), one).tolist() == [[0.0, 0.0, 0.0]]
+    assert whiten(torch.full((1, 3), 4.0), torch.ones(1, 3, dtype=torch.bool)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_epsilon_is_added_to_the_variance_before_the_root() -> None:
+    found = whiten(torch.tensor([[-1e-4, 1e-4]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool))
+    assert found.tolist() == [pytest.approx([-(0.5**0.5), 0.5**0.5])]
+    wide = whiten(torch.tensor([[-1.0, 1.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool), epsilon=3.0)
+    assert wide.tolist() == [[-0.5, 0.5]]
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    mask = mask_with_gaps(2, 2, 4, at_least=2)
+    for function in (lambda x: masked_sum(x, mask), lambda x: masked_mean(x, mask), lambda x: whiten(x, mask)):
+        assert torch.autograd.gradcheck(function, floats(1, 2, 4).requires_grad_())

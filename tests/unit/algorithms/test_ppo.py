@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.algorithms.ppo import policy_loss, value_loss
+from actors.algorithms.ppo import PolicyLoss, policy_loss, value_loss
+from tests import references
 from tests.fakes import floats, mask_with_gaps, quickly
 
 SHAPES = {"seed": st.integers(0, 10**6), "rows": st.integers(1, 4), "width": st.integers(1, 9)}
@@ -19,24 +21,108 @@ def tensors(seed: int, rows: int, width: int, count: int) -> list[torch.Tensor]:
 
 
 @quickly
-@given(**SHAPES)
-def test_the_policy_loss_equals_equation_7_token_by_token(seed: int, rows: int, width: int) -> None:
-    noise, old, advantages = tensors(seed, rows, width, 3)
-    mask, logprobs = mask_with_gaps(seed, rows, width), old + 0.3 * noise
-    total = clipped = kl = 0.0
-    for b in range(rows):
-        for t in range(width):
-            if not mask[b, t]:
-                continue
-            ratio, a = math.exp(float(logprobs[b, t] - old[b, t])), float(advantages[b, t])
-            held = min(max(ratio, 1 - CLIP), 1 + CLIP)
-            total -= min(ratio * a, held * a)
-            clipped += held * a < ratio * a
-            kl += ratio - 1 - math.log(ratio)
-    found = policy_loss(logprobs, old, advantages, mask, CLIP, 7.0)
+@given(**SHAPES, dual_clip=st.sampled_from([None, 1.3, 2.0]), weighted=st.booleans())
+def test_the_policy_loss_equals_its_equations_token_by_token(
+    seed: int, rows: int, width: int, dual_clip: float | None, weighted: bool
+) -> None:
+    noise, old, advantages, scale = tensors(seed, rows, width, 4)
+    mask, logprobs = mask_with_gaps(seed, rows, width), old + 0.5 * noise
+    weights = scale.abs() if weighted else None
+    total = clipped = dual_clipped = kl = 0.0
+    for place in references.positions_of(mask):
+        now, before, a = (float(x[place]) for x in (logprobs, old, advantages))
+        total += references.policy_token(now, before, a, CLIP, dual_clip, float(weights[place]) if weighted else 1.0)
+        ratio = math.exp(now - before)
+        clipped += references.clamp(ratio, 1 - CLIP, 1 + CLIP) * a < ratio * a
+        dual_clipped += dual_clip is not None and a < 0 and ratio > dual_clip
+        kl += references.k3(before, now)
+    found = policy_loss(logprobs, old, advantages, mask, CLIP, 7.0, dual_clip, weights)
     assert float(found.loss) == pytest.approx(total / 7)
     assert float(found.clipped) == pytest.approx(clipped / 7)
+    assert float(found.dual_clipped) == pytest.approx(dual_clipped / 7)
     assert float(found.kl) == pytest.approx(kl / 7)
+
+
+ONE = torch.ones(1, 1, dtype=torch.bool)
+
+
+def single(ratio: float, advantage: float, **more: Any) -> tuple[PolicyLoss, float]:
+    """Loss of one token with that ratio, and its gradient by the log-prob."""
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    zero, a = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64)
+    found = policy_loss(logprobs, zero, a, ONE, CLIP, 1.0, **more)
+    found.loss.backward()
+    return found, float(logprobs.grad)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "cut"),
+    [
+        (5.0, -2.0, 6.0, 0.0, True),  # 3 x 2, and flat
+        (5.0, 2.0, -2.4, 0.0, False),  # positive advantages know the usual clip alone
+        (2.0, -2.0, 4.0, 4.0, False),  # below the dual clip the ratio counts as it is
+        (3.0, 0.0, 0.0, 0.0, False),  # no advantage, nothing to cut
+        (0.5, -2.0, 1.6, 0.0, False),
+    ],
+)
+def test_the_dual_clip_cuts_far_ratios_of_negative_advantages_alone(
+    ratio: float, advantage: float, loss: float, gradient: float, cut: bool
+) -> None:
+    found, slope = single(ratio, advantage, dual_clip=3.0)
+    assert float(found.loss) == pytest.approx(loss)
+    assert slope == pytest.approx(gradient)
+    assert float(found.dual_clipped) == float(cut)
+
+
+def test_without_a_dual_clip_a_far_ratio_of_a_negative_advantage_costs_as_much_as_it_is_far() -> None:
+    found, slope = single(50.0, -2.0)
+    assert float(found.loss) == pytest.approx(100.0)
+    assert slope == pytest.approx(100.0)
+    assert float(found.dual_clipped) == 0.0
+
+
+def test_weights_scale_a_tokens_loss_and_gradient_and_leave_the_described_figures() -> None:
+    plain, slope = single(1.1, 3.0)
+    found, scaled = single(1.1, 3.0, weights=torch.tensor([[0.25]]))
+    assert float(found.loss) == pytest.approx(0.25 * float(plain.loss))
+    assert scaled == pytest.approx(0.25 * slope)
+    assert (float(found.clipped), float(found.kl)) == (float(plain.clipped), float(plain.kl))
+
+
+@pytest.mark.parametrize(("ratio", "advantage"), [(1 + CLIP, 1.0), (1 - CLIP, -1.0), (1.0, 1.0)])
+def test_at_the_clips_edge_nothing_is_cut_off(ratio: float, advantage: float) -> None:
+    old = torch.zeros(1, 1, dtype=torch.float64)
+    logprobs = torch.tensor([[ratio]], dtype=torch.float64).log()
+    edge = abs(float(logprobs.exp()) - 1)  # what is left of the ratio after log and exp
+    found = policy_loss(logprobs, old, torch.tensor([[advantage]], dtype=torch.float64), ONE, edge, 1.0)
+    assert float(found.clipped) == 0.0
+    assert float(found.loss) == pytest.approx(-ratio * advantage)
+
+
+def test_an_empty_mask_costs_nothing() -> None:
+    nothing, x = torch.zeros(2, 3, dtype=torch.bool), floats(0, 2, 3)
+    found = policy_loss(x, 2 * x, x, nothing, CLIP, 1.0, 2.0, x)
+    assert [float(v) for v in (found.loss, found.clipped, found.dual_clipped, found.kl)] == [0.0] * 4
+    assert float(value_loss(x, 2 * x, 3 * x, nothing, CLIP, 1.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "loss", "gradient"),
+    [
+        (0.1, 1.0, 0.405, -0.9),  # within the clip: the plain square
+        (0.5, 1.0, 0.32, 0.0),  # moved further towards the target than the clip lets count: flat
+        (0.5, 0.0, 0.125, 0.5),  # moved far from the target: the plain square is the larger one
+        (0.2, 1.0, 0.32, -0.8),  # at the edge
+    ],
+)
+def test_the_value_loss_is_flat_where_the_value_has_moved_far_towards_its_target(
+    value: float, target: float, loss: float, gradient: float
+) -> None:
+    v = torch.tensor([[value]], requires_grad=True)
+    found = value_loss(v, torch.zeros(1, 1), torch.tensor([[target]]), ONE, CLIP, 1.0)
+    found.backward()
+    assert float(found) == pytest.approx(loss)
+    assert float(v.grad) == pytest.approx(gradient)
 
 
 @quickly
@@ -44,13 +130,7 @@ def test_the_policy_loss_equals_equation_7_token_by_token(seed: int, rows: int, 
 def test_the_value_loss_equals_its_formula_token_by_token(seed: int, rows: int, width: int) -> None:
     values, old, returns = tensors(seed, rows, width, 3)
     mask = mask_with_gaps(seed, rows, width)
-    total = 0.0
-    for b in range(rows):
-        for t in range(width):
-            if mask[b, t]:
-                v, before, target = float(values[b, t]), float(old[b, t]), float(returns[b, t])
-                near = min(max(v, before - CLIP), before + CLIP)
-                total += 0.5 * max((v - target) ** 2, (near - target) ** 2)
+    total = sum(references.value_token(*(float(x[p]) for x in (values, old, returns)), CLIP) for p in references.positions_of(mask))
     assert float(value_loss(values, old, returns, mask, CLIP, 5.0)) == pytest.approx(total / 5)
 
 
@@ -88,7 +168,9 @@ def test_gradients_of_both_losses_agree_with_finite_differences(seed: int) -> No
     noise, old, advantages, returns = tensors(seed, 3, 4, 4)
     mask = mask_with_gaps(seed, 3, 4)
     logprobs, values = (old + 0.3 * noise).requires_grad_(), (old + noise).requires_grad_()
+    weights = floats(seed + 8, 3, 4).abs()
     assert torch.autograd.gradcheck(lambda x: policy_loss(x, old, advantages, mask, CLIP, 5.0).loss, logprobs)
+    assert torch.autograd.gradcheck(lambda x: policy_loss(x, old, advantages, mask, CLIP, 5.0, 1.3, weights).loss, logprobs)
     assert torch.autograd.gradcheck(lambda x: value_loss(x, old, returns, mask, CLIP, 5.0), values)
 
 
@@ -120,4 +202,12 @@ def test_the_described_figures_carry_no_gradient() -> None:
     )
     assert found.loss.requires_grad
     assert not found.clipped.requires_grad
+    assert not found.dual_clipped.requires_grad
     assert not found.kl.requires_grad
+
+
+def test_a_ratio_at_the_dual_clip_is_not_cut() -> None:
+    ratio = float(torch.tensor(math.log(2.0), dtype=torch.float64).exp())
+    found, slope = single(2.0, -1.0, dual_clip=ratio)
+    assert float(found.dual_clipped) == 0.0
+    assert slope == pytest.approx(2.0)
