@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from actors.algorithms.gae import gae, shape_rewards
 from actors.algorithms.kl import k1
 from actors.algorithms.masking import masked_mean, masked_sum, moments, whiten
 from actors.algorithms.ppo import policy_loss
+from actors.algorithms.running import Moments, normalised
 from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues, Experience, Rollouts, join_rows
 from actors.engine import Optimizer
@@ -59,12 +60,18 @@ class Policy(Worker):
         return self.engine(rows.tokens.to(self.engine.device), rows.mask.to(self.engine.device), temperature)
 
     def experience(
-        self, rollouts: list[Rollouts], scores: list[Tensor], reference: list[Tensor], values: list[Tensor], beta: float
-    ) -> list[Experience]:
-        """Rewards, advantages and returns for this rank's share; advantages are whitened over the share of all ranks."""
+        self, rollouts: list[Rollouts], scores: list[Tensor], reference: list[Tensor], values: list[Tensor], beta: float,
+        so_far: Moments | None = None,
+    ) -> list[Experience]:  # fmt: skip
+        """Rewards, advantages and returns for this rank's share; advantages are whitened over the share of all ranks.
+
+        Args:
+            so_far: of all scores of the run, which these are normalised by before they are clipped; None: they are not.
+        """
         scored = [Scored(*piece) for piece in zip(rollouts, scores, reference, values, strict=True)]
         old = self.logprobs(rollouts)
-        learned = [self._advantages(piece, logprobs, beta) for piece, logprobs in zip(scored, old, strict=True)]
+        shaped = [replace(piece, scores=normalised(piece.scores, so_far)) for piece in scored]
+        learned = [self._advantages(piece, logprobs, beta) for piece, logprobs in zip(shaped, old, strict=True)]
         advantages = self._whitened([a for a, _ in learned], rollouts)
         self._describe(scored, old)
         return [
