@@ -353,7 +353,7 @@ def _preferences(config: Config) -> Iterable[str]:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """Plain JSON values."""
-    return dataclasses.asdict(config)
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
 
 
 def as_yaml(config: Config) -> str:
