@@ -11,6 +11,8 @@ from conf.settings import Count, Positive, Settings
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 Number = Annotated[float, AllowInfNan(False)]
+LONGEST_WAIT = 60.0
+"""Seconds between two tries of a service at most."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class HttpReward(Settings):
     """Seconds before the second try; doubled before each further one, and spread by a random half either way."""
     token_env: str | None = None
     """Environment variable with a bearer token for the service, read where chatray is started; the token itself is written nowhere."""
+
+    def longest_seconds(self) -> float:
+        """How long a service that stays down can hold up one request, where it does not ask for longer waits itself."""
+        waits = sum(min(self.backoff * 2**n, LONGEST_WAIT) * 1.5 for n in range(self.tries - 1))
+        return self.tries * self.timeout + waits
 
 
 RewardSource = ModelReward | FunctionReward | HttpReward

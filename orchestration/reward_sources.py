@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from actors.rewards.function import find
-from actors.rewards.source import RewardError
 from conf.rewards import FunctionReward, HttpReward, ModelReward, RewardSource
 from conf.schema import Config
 from orchestration.errors import RequestError
@@ -62,8 +60,6 @@ def _model(source: ModelReward, setting: str) -> Iterable[str]:
 
 
 def _http(source: HttpReward, setting: str, config: Config) -> Iterable[str]:
-    from actors.rewards.http import longest_seconds
-
     try:
         address = urlsplit(source.url)
         host, _ = address.hostname, address.port
@@ -74,7 +70,7 @@ def _http(source: HttpReward, setting: str, config: Config) -> Iterable[str]:
         yield f"{setting}.url={source.url}: names no host"
     if address.username or address.password:
         yield f"{setting}.url: holds a name or password, which would be written to files; use token_env for a bearer token"
-    seconds = longest_seconds(source)
+    seconds = source.longest_seconds()
     if config.runtime == "ray" and seconds >= config.deadlines.step:
         yield (
             f"{setting}: {source.tries} tries of {source.timeout:g} s with their waits are up to {seconds:.0f} s, longer than "
@@ -88,6 +84,9 @@ def check(config: Config) -> None:
     Raises:
         RequestError: with everything that is not there.
     """
+    from actors.rewards.function import find  # torch, which a look at the settings need not wait for
+    from actors.rewards.source import RewardError
+
     mistakes = []
     for source in config.ppo.rewards:
         if isinstance(source, FunctionReward):

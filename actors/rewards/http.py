@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from actors.rewards.source import Messages, RewardError, Rows, checked
-from conf.rewards import HttpReward
+from conf.rewards import LONGEST_WAIT, HttpReward
 
 AGAIN = {408, 429}
-LONGEST_WAIT = 60.0
-"""Seconds between two tries at most."""
 
 
 class HttpSource:
@@ -87,9 +85,3 @@ def _asked_for(answer: httpx.Response) -> float:
     """Seconds that the service asks us to wait; 0 when it does not, or names a date."""
     text = answer.headers.get("Retry-After", "")
     return min(float(text), LONGEST_WAIT) if text.isdigit() else 0.0
-
-
-def longest_seconds(settings: HttpReward) -> float:
-    """How long a service that stays down can hold up one call, without `Retry-After`."""
-    waits = sum(min(settings.backoff * 2**n, LONGEST_WAIT) * 1.5 for n in range(settings.tries - 1))
-    return settings.tries * settings.timeout + waits

@@ -37,13 +37,18 @@ class Rewarding:
 
     @cached_property
     def critic(self) -> str:
-        """What the critic starts from: the run's own reward model if it reads the policy's tokens, else the SFT model (with a fresh head).
+        """What the critic starts from: the first reward model that reads the policy's tokens, else the SFT model (with a fresh head).
 
         InstructGPT (2203.02155, C.4) starts it from the reward model, whose scores it is to foretell.
         """
-        own = [source.name for source in self.context.config.ppo.sources() if isinstance(source, ModelReward) and source.path is None]
-        other_tokens = self.encoders
-        return self.checkpoint if any(name not in other_tokens for name in own) else str(self.context.input("sft"))
+        for source in self.models:
+            if source.name not in self.encoders and source.weight > 0:
+                return source.path or self.checkpoint
+        return str(self.context.input("sft"))
+
+    @property
+    def models(self) -> list[ModelReward]:
+        return [source for source in self.context.config.ppo.sources() if isinstance(source, ModelReward)]
 
     @cached_property
     def encoders(self) -> dict[str, ReplyEncoder]:
@@ -52,8 +57,7 @@ class Rewarding:
         Raises:
             RequestError: no reward model stands where one is named, or no tokenizer with it that it needs.
         """
-        models = [source for source in self.context.config.ppo.sources() if isinstance(source, ModelReward)]
-        found = {source.name: self._encoder(source) for source in models}
+        found = {source.name: self._encoder(source) for source in self.models}
         return {name: encoder for name, encoder in found.items() if encoder is not None}
 
     def _encoder(self, source: ModelReward) -> ReplyEncoder | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.rewards.http import HttpSource, longest_seconds
+from actors.rewards.http import HttpSource
 from actors.rewards.source import RewardError, Rows
 from conf.rewards import HttpReward
 from tests.fakes import replies_of, rollouts, texts
@@ -137,7 +137,7 @@ def test_one_that_never_answers_ends_within_its_time(service: Service) -> None:
     asking = source(service.url, timeout=0.2, tries=2)
     with pytest.raises(RewardError, match="ReadTimeout"):
         asking.score(rows())
-    assert time.monotonic() - began < longest_seconds(asking.settings) + 1
+    assert time.monotonic() - began < asking.settings.longest_seconds() + 1
 
 
 def test_nobody_there_is_an_end_too(service: Service) -> None:
