@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from actors.algorithms.importance import engine_gap, importance_weights
 from actors.algorithms.kl import k1, k3
 from actors.algorithms.masking import masked_mean, masked_sum, moments, whiten
 from actors.algorithms.ppo import policy_loss
+from actors.algorithms.running import Moments, normalised
 from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues, Experience, Rollouts, join_rows
 from actors.engine import Optimizer
@@ -71,17 +72,20 @@ class Policy(Worker):
         return self.engine(rows.tokens.to(self.engine.device), rows.mask.to(self.engine.device), temperature)
 
     def experience(
-        self, rollouts: list[Rollouts], scores: list[Tensor], reference: list[Tensor], values: list[Tensor], beta: float
-    ) -> list[Experience]:
+        self, rollouts: list[Rollouts], scores: list[Tensor], reference: list[Tensor], values: list[Tensor], beta: float,
+        so_far: Moments | None = None,
+    ) -> list[Experience]:  # fmt: skip
         """Rewards, advantages and returns for this rank's share; advantages are whitened over the share of all ranks.
 
         Args:
             values: empty without a critic.
+            so_far: of all scores of the run, which these are normalised by before they are clipped; None: they are not.
         """
         values = values or [torch.zeros_like(piece.behaviour) for piece in rollouts]
         scored = [Scored(*piece) for piece in zip(rollouts, scores, reference, values, strict=True)]
         old, gap = self._old_logprobs(rollouts)
-        learned = self._advantages(scored, [self._rewards(piece, o, beta) for piece, o in zip(scored, old, strict=True)])
+        shaped = [replace(piece, scores=normalised(piece.scores, so_far)) for piece in scored]
+        learned = self._advantages(shaped, [self._rewards(piece, o, beta) for piece, o in zip(shaped, old, strict=True)])
         advantages = self._whitened([a for a, _ in learned], rollouts)
         self._describe(scored, old)
         self.described |= gap | self._k3_per_token(scored, old)

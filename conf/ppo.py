@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
+from pydantic import Field
 
+from conf.rewards import ModelReward, RewardSource
 from conf.settings import Count, NotNegative, Positive, Settings, Share, Whole
 
 
@@ -72,10 +74,14 @@ class PPO(Settings):
     """Clip of the value's move from the value at sampling time."""
     whiten: bool
     """Whiten advantages over all reply tokens of the batch."""
+    rewards: tuple[Annotated[RewardSource, Field(discriminator="kind")], ...]
+    """What scores the replies: their weighted sum is the score. Empty: this run's own reward model alone."""
+    reward_normalise: Literal["none", "running"]
+    """`running`: scores minus the mean, over the standard deviation, of all scores of this run so far; before the clip."""
     reward_clip: Positive
-    """Scores are clipped to +- this before shaping."""
+    """Scores are clipped to +- this before shaping, after `reward_normalise`."""
     missing_end_penalty: NotNegative
-    """Taken from the score of a reply that did not end by itself."""
+    """Taken from the score of a reply that did not end by itself, after the clip."""
     temperature: Positive
     """Sampling temperature; the same in old, current and reference log-probs."""
     max_new_tokens: Count
@@ -98,3 +104,11 @@ class PPO(Settings):
     def compares_replies(self) -> bool:
         """Whether the replies to one prompt are compared with each other, and so must be several, on one rank."""
         return self.advantage in ("rloo", "grpo")
+
+    def sources(self) -> tuple[RewardSource, ...]:
+        """What scores the replies: `rewards`, or the run's own reward model."""
+        return self.rewards or (ModelReward("model"),)
+
+    def uses_reward_model(self) -> bool:
+        """Whether the run's own reward model is among them."""
+        return any(isinstance(source, ModelReward) and source.path is None for source in self.sources())

@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 import conf
 from conf.schema import PPO_ROLES, Config
 from conf.sources import FilesData, Part, WorldData
+from orchestration import reward_sources
 from orchestration.errors import RequestError
 
 FOLDER = Path(conf.__file__).resolve().parent
@@ -126,8 +127,7 @@ def _typed(plain: dict[str, Any], mistakes: list[str]) -> Config | None:
         source = {"world": WorldData, "files": FilesData}.get(str((plain.get("data") or {}).get("kind")), WorldData)
         known = [name for name in leaves(Config) if not name.startswith("data.")] + list(leaves(source, "data."))
         for error in found.errors():
-            # the tag of a union appears in the location but is no key
-            key = ".".join(str(part) for part in error["loc"] if part not in ("world", "files"))
+            key = _key(error["loc"])
             key = next((alias for alias, name in ALIASES.items() if name == key), key)
             if error["type"] == "missing":
                 mistakes.append(f"{key}: needed, but nothing gives it a value (was it deleted, or its group changed by hand?)")
@@ -136,6 +136,12 @@ def _typed(plain: dict[str, Any], mistakes: list[str]) -> Config | None:
             else:
                 mistakes.append(f"{key}={error['input']!r}: {error['msg']}")
         return None
+
+
+def _key(location: Sequence[str | int]) -> str:
+    """The setting at fault. The tag of a union stands in its location but is no part of its name."""
+    tagged = {n for n, part in enumerate(location) if part in ("world", "files") or (location[:2] == ("ppo", "rewards") and n == 3)}
+    return ".".join(str(part) for n, part in enumerate(location) if n not in tagged)
 
 
 def leaves(section: type, prefix: str = "") -> Iterable[str]:
@@ -178,8 +184,9 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
         pretrain = located(data.pretrain, path) if data.pretrain else None
         data = dataclasses.replace(data, path=path, mix=tuple(located(part, path) for part in data.mix), pretrain=pretrain)
     model = dataclasses.replace(config.model, path=if_local(config.model.path), tokenizer=if_local(config.model.tokenizer))
+    ppo = dataclasses.replace(config.ppo, rewards=tuple(reward_sources.with_absolute_paths(s, base) for s in config.ppo.rewards))
     return dataclasses.replace(
-        config, run_dir=str((base / config.run_dir).resolve()), data=data, model=model,
+        config, run_dir=str((base / config.run_dir).resolve()), data=data, model=model, ppo=ppo,
         policy_checkpoint=if_local(config.policy_checkpoint), reward_checkpoint=if_local(config.reward_checkpoint),
     )  # fmt: skip
 
@@ -193,6 +200,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _adapters(config)
     yield from _ppo(config)
     yield from _choices(config)
+    yield from reward_sources.contradictions(config)
 
 
 def _shapes(config: Config) -> Iterable[str]:
@@ -344,10 +352,12 @@ def _suffix(file: Path) -> str:
 
 
 def _choices(config: Config) -> Iterable[str]:
-    yield from _preferences(config)
-    if config.labeler.kind == "simulated" and not isinstance(config.data, WorldData):
+    ranks = config.ppo.uses_reward_model() or config.stage in ("compare", "reward_model")
+    if ranks:
+        yield from _preferences(config)
+    if ranks and config.labeler.kind == "simulated" and not isinstance(config.data, WorldData):
         yield "labeler=simulated: it can rank answers in the embedded world only; use labeler=recorded with this data"
-    if config.labeler.kind == "recorded" and isinstance(config.data, WorldData):
+    if ranks and config.labeler.kind == "recorded" and isinstance(config.data, WorldData):
         yield "labeler=recorded: the embedded world has no recorded judgements; use labeler=simulated"
     if config.labeler.kind == "simulated" and config.reward_model.start == "model":
         yield "reward_model.start=model: simulated labellers rank what the SFT model sampled; use reward_model.start=sft"
@@ -376,7 +386,7 @@ def _preferences(config: Config) -> Iterable[str]:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """Plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
 
 
 def as_yaml(config: Config) -> str:

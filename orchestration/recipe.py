@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import STAGES, Config
+from orchestration import reward_sources
 from orchestration.config import as_dict, as_yaml
 from orchestration.data.source import open_source
 from orchestration.errors import RequestError
@@ -44,13 +45,18 @@ ADAPTED = {"sft": ("sft",), "reward_model": ("reward_model",), "ppo": ("policy",
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
-    """The stages of the whole recipe, in order; pretraining is optional."""
-    return STAGES if config.pretrain.steps else tuple(name for name in STAGES if name != "pretrain")
+    """The stages of the whole recipe, in order; pretraining is optional, and so is a reward model where something else scores."""
+    left_out = set() if config.pretrain.steps else {"pretrain"}
+    if not config.ppo.uses_reward_model():
+        left_out |= {"compare", "reward_model"}
+    return tuple(name for name in STAGES if name not in left_out)
 
 
 def inputs_of(name: str, config: Config) -> tuple[str, ...]:
     """The earlier stages whose results a stage starts from under these settings."""
-    not_needed = set(STAGES) - set(stages_of(config))
+    not_needed = set() if config.pretrain.steps else {"pretrain"}
+    if name in ("ppo", "evaluate") and not config.ppo.uses_reward_model():
+        not_needed.add("reward_model")
     if name == "reward_model" and config.labeler.kind == "recorded":  # the data hold the preferences
         not_needed.add("compare")
     if name == "reward_model" and config.reward_model.start == "model":
@@ -88,14 +94,15 @@ def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Seque
     """Find out what is wrong before anything starts or is written.
 
     Raises:
-        RequestError: a stage was run with other settings, or its inputs are missing.
+        RequestError: a stage was run with other settings, its inputs are missing, or a reward that it needs is not there.
     """
     first = STAGES.index(config.rerun_from) if config.rerun_from else len(STAGES)
     for name in wanted:
-        if STAGES.index(name) >= first:
-            continue
-        if all(source in directory.results() or _named(config, source) for source in inputs_of(name, config)):
-            directory.is_complete(name, identity(name, config, directory, shared))
+        known = all(source in directory.results() or _named(config, source) for source in inputs_of(name, config))
+        kept = STAGES.index(name) < first
+        done = kept and known and directory.is_complete(name, identity(name, config, directory, shared))
+        if name in ("ppo", "evaluate") and not done:
+            reward_sources.check(config)
     if config.stage != "all":
         for source in inputs_of(config.stage, config):
             if config.rerun_from and STAGES.index(source) >= first:
@@ -128,6 +135,10 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
         plain["lora"] = settings["lora"] | {"roles": adapted}
     for section in plain.keys() & NO_PART.keys():
         plain[section] = {key: value for key, value in plain[section].items() if key not in NO_PART[section]}
+    if name == "ppo":
+        plain["ppo"] = plain["ppo"] | {"rewards": reward_sources.identity(settings["ppo"]["rewards"])}
+    if name == "evaluate" and config.ppo.rewards:
+        plain["rewards"] = reward_sources.identity(settings["ppo"]["rewards"])
     return json.loads(json.dumps({"settings": plain, "inputs": inputs}))
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from actors.algorithms.running import Moments
 from actors.batch import Dialogues, Experience, Prompts, Rollouts
 from actors.critic import Critic
 from actors.policy import Policy
 from actors.reference import Reference
 from actors.reward import Reward
+from actors.rewards.source import Texts
 from actors.rollout import Rollout, Sampling
 from actors.weight_sync import WeightUpdate
 from conf.schema import Config
@@ -32,10 +34,11 @@ class PolicyGroup:
         return self.group.map(Policy.logprobs, rows)
 
     def experience(
-        self, rollouts: Pieces[Rollouts], scores: Pieces[Tensor], reference: Pieces[Tensor], values: Pieces[Tensor], beta: float
-    ) -> Pieces[Experience]:
+        self, rollouts: Pieces[Rollouts], scores: Pieces[Tensor], reference: Pieces[Tensor], values: Pieces[Tensor], beta: float,
+        so_far: Moments | None = None,
+    ) -> Pieces[Experience]:  # fmt: skip
         """`values` is empty without a critic."""
-        return self.group.map(Policy.experience, rollouts, scores, reference, values, beta=beta)
+        return self.group.map(Policy.experience, rollouts, scores, reference, values, beta=beta, so_far=so_far)
 
     def update(self, experience: Pieces[Experience], pretraining: Pieces[Dialogues], step: int) -> Pieces[dict[str, float]]:
         return self.group.each(Policy.update, experience, pretraining, step=step)
@@ -91,12 +94,18 @@ class ReferenceGroup:
 
 @dataclass(frozen=True)
 class RewardGroup:
-    """The reward model."""
+    """What scores replies: the reward model, or the sources of `ppo.rewards`."""
 
     group: Group
 
+    def prepare(self, texts: Pieces[Texts]) -> Pieces[None]:
+        return self.group.each(Reward.prepare, texts=texts)
+
     def score(self, rollouts: Pieces[Rollouts]) -> Pieces[Tensor]:
         return self.group.map(Reward.score, rollouts)
+
+    def describe(self) -> Pieces[dict[str, Moments]]:
+        return self.group.each(Reward.describe)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from actors.batch import Comparisons, Dialogues, Experience, Rollouts
 from actors.models import LanguageModel, ScalarModel, initial_spread, new_causal_lm, save_model
+from actors.rewards.source import Texts
 from conf.schema import Config
 from conf.sources import FilesData, Part
 from orchestration import config as configuration
@@ -41,6 +43,27 @@ def files_data(*parts: dict[str, Any], **changes: Any) -> FilesData:
         "drop_duplicates": False, "tool_response_chars": 160,
     }  # fmt: skip
     return FilesData("files", mix=tuple(Part(**part) for part in parts), **given | changes)
+
+
+class Letters:
+    """A tokenizer: a letter for each id."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def texts(rows: int) -> Texts:
+    """One question for each row of `rollouts`."""
+    return Texts([[{"role": "user", "content": f"question {n}"}] for n in range(rows)], Letters(), {})
+
+
+def replies_of(rows: Rollouts) -> list[str]:
+    return [Letters().decode(tokens[mask].tolist()) for tokens, mask in zip(rows.tokens, rows.mask, strict=True)]
+
+
+def brief(conversations: list[list[dict[str, str]]], replies: list[str]) -> list[float]:
+    """A reward as people write one: short replies."""
+    return [-len(reply) / 10 for reply in replies]
 
 
 def tiny_lm(seed: int = 0, spread: float = 0.12):

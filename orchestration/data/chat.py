@@ -151,6 +151,10 @@ class Chat:
             mask[start:stop] = [True] * (stop - start)
         return ids, mask
 
+    def whole(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of a conversation as the template renders it, whoever wrote its turns."""
+        return self._rendered(messages, False)
+
     def _plain(self, content: str) -> str:
         """Text in which nothing reads as a special token: a space after its first character breaks it."""
         for token in self.tokenizer.all_special_tokens:

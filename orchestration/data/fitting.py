@@ -37,7 +37,8 @@ def fitting_dialogues(
 
     lengths = [len(ids) for ids, _ in chat.encode_all(dialogues)]
     found = [
-        d if length <= longest else _end(d, fits) if rule == "keep_end" else None for d, length in zip(dialogues, lengths, strict=True)
+        d if length <= longest else last_turns(d, fits) if rule == "keep_end" else None
+        for d, length in zip(dialogues, lengths, strict=True)
     ]
     return _counted(found, [length > longest for length in lengths])
 
@@ -59,10 +60,10 @@ def shortened(context: Dialogue, chat: Chat, room: int) -> Dialogue | None:
     """The context without as many of its oldest turns as must go; a user turn comes first where that is possible. None: nothing fits."""
     if len(chat.prompt(context)) <= room:
         return context
-    return _end(context, lambda shorter: len(chat.prompt(shorter)) <= room)
+    return last_turns(context, lambda shorter: len(chat.prompt(shorter)) <= room)
 
 
-def _end(dialogue: Dialogue, fits: Callable[[Dialogue], bool]) -> Dialogue | None:
+def last_turns(dialogue: Dialogue, fits: Callable[[Dialogue], bool]) -> Dialogue | None:
     """The most of a dialogue's last turns that fit, from a user turn on where that is possible."""
     later = range(1, len(dialogue.messages))
     for starts in ([i for i in later if dialogue.messages[i].role == "user"], later):

@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from actors.rewards.source import RewardError
 from actors.worker import RankSpec, Worker, process_group_of_one
 from conf.schema import Config
+from orchestration.errors import RunError
 from orchestration.runtime.dispatch import Pieces
 from orchestration.runtime.group import Group, RoleRequest
 
@@ -21,10 +23,17 @@ class LocalGroup:
         self.name, self.rank = name, rank
 
     def map(self, method: Callable[..., Any], *pieces: Pieces[Any], **common: Any) -> Pieces[Any]:
-        return Pieces(method(self.rank, *(p.items for p in pieces), **_plain(common)), [])
+        return Pieces(self._call(method, pieces, common), [])
 
     def each(self, method: Callable[..., Any], *pieces: Pieces[Any], **common: Any) -> Pieces[Any]:
-        return Pieces([method(self.rank, *(p.items for p in pieces), **_plain(common))], [])
+        return Pieces([self._call(method, pieces, common)], [])
+
+    def _call(self, method: Callable[..., Any], pieces: Sequence[Pieces[Any]], common: dict[str, Any]) -> Any:
+        """A fault of ours is left as it is, for the debugger; what a reward that the user brings did wrong ends the run with its text."""
+        try:
+            return method(self.rank, *(p.items for p in pieces), **_plain(common))
+        except RewardError as cause:
+            raise RunError(f"{self.name} rank 0 failed in {method.__name__}: {cause}") from cause
 
 
 def _plain(common: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stage 5, evaluation: the PPO model beside the SFT model on unseen prompts.
 
-Both answer every prompt, sampled and greedy. The reward model scores both; where the data has an exact grade, it judges: the share of
-prompts on which PPO's reply is better, ties one half, with a bootstrap interval over prompts.
+Both answer every prompt, sampled and greedy. What PPO learned from (the reward model, or `ppo.rewards`) scores both; where the data has
+an exact grade, it judges: the share of prompts on which PPO's reply is better, ties one half, with a bootstrap interval over prompts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from orchestration.data.dialogues import Dialogue
 from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError
 from orchestration.stages.context import StageContext
+from orchestration.stages.rewarding import Rewarding
 from orchestration.stages.sampling import Sampler
 
 CONVERSATIONS_FILE = "conversations.jsonl"
@@ -37,7 +38,7 @@ class Answers:
     texts: list[str]
     finished: list[bool]
     scores: torch.Tensor
-    """[N] by the reward model."""
+    """[N] by what PPO learned from."""
     kl: float
     """Mean KL to the reference per reply, nats, from these samples."""
     tokens: float
@@ -54,9 +55,11 @@ def run(context: StageContext) -> dict[str, Any]:
     if not contexts:
         raise RequestError(f"evaluate.max_new_tokens={config.evaluate.max_new_tokens}: no held-out prompt leaves room for such a reply")
     context.metrics.begin("evaluate", 4)
-    weights = {"rollout": sft, "reference": sft, "reward": str(context.input("reward_model"))}
-    started = roles.start(context.runtime, config, weights)
+    rewarding = Rewarding(context)
+    _ = rewarding.encoders  # what is wrong with a model is said before anything starts
+    started = roles.start(context.runtime, config, {"rollout": sft, "reference": sft, "reward": rewarding.checkpoint})
     try:
+        rewarding.prepare(started, contexts)
         judge = _Judge(context, started, contexts)
         answers = {"sft": judge.answers(config.evaluate.temperature, SAMPLED), "sft_greedy": judge.answers(0.0, GREEDY)}
         context.metrics.record(2, {"score": float(answers["sft"].scores.mean())})

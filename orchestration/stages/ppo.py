@@ -16,21 +16,23 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from actors.algorithms.kl import KLController
+from actors.algorithms.running import Moments
 from actors.batch import Dialogues, Experience, Prompts, Rollouts
 from actors.language_task import step_rows
 from actors.rollout import Sampling
 from orchestration import roles
-from orchestration.data.chat import load_tokenizer
+from orchestration.data.dialogues import Dialogue
 from orchestration.data.fitting import fitting_prompts
 from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
 from orchestration.roles import CriticGroup, PolicyGroup, Roles
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.stages.context import StageContext
+from orchestration.stages.rewarding import Rewarding, moments_of_scores
 
 MEASURED_BLOCKS = 256
 """Blocks of held-out pretraining text that the SFT model and the result are measured on."""
@@ -38,14 +40,14 @@ MEASURED_BLOCKS = 256
 
 def run(context: StageContext) -> dict[str, Any]:
     """Returns the last step's figures, and why the loop ended; with held-out text, both models' loss on it."""
-    sft, reward = str(context.input("sft")), str(context.input("reward_model"))
-    _check_tokenizers(context)
-    prompts, lost = _prompts(context)
-    checkpoints = {"policy": sft, "reference": sft, "reward": reward, "rollout": sft}
-    checkpoints |= {"critic": reward} if context.config.ppo.has_critic() else {}
+    sft, rewarding = str(context.input("sft")), Rewarding(context)
+    prompts, fitting, lost = _prompts(context)
+    checkpoints = {"policy": sft, "reference": sft, "reward": rewarding.checkpoint, "rollout": sft}
+    checkpoints |= {"critic": rewarding.critic} if context.config.ppo.has_critic() else {}
     context.metrics.begin("ppo", context.config.ppo.steps)
     started = roles.start(context.runtime, context.config, checkpoints)
     try:
+        rewarding.prepare(started, fitting)
         return Loop(context, started, prompts, _pretraining(context), _held_out_text(context)).run() | lost
     finally:
         context.runtime.stop()
@@ -67,6 +69,7 @@ class Loop:
         self.config, self.ppo, self.runtime = self.context.config, self.context.config.ppo, self.context.runtime
         kl = self.ppo.kl
         self.controller = KLController(kl.beta, kl.controller == "adaptive", kl.target, kl.horizon)
+        self.seen = Moments()  # of all scores so far
         self.phases: dict[str, float] = {}
         self.together = math.lcm(*roles.rank_counts(self.config))
         self.learners: dict[str, PolicyGroup | CriticGroup] = {"policy": self.roles.policy}
@@ -111,9 +114,19 @@ class Loop:
         scores = self.roles.reward.score(rollouts)
         reference = self.roles.reference.logprobs(rollouts, self.ppo.temperature)
         values = self.roles.critic.values(rollouts) if self.ppo.has_critic() else self.runtime.put([])
-        experience = self.roles.policy.experience(rollouts, scores, reference, values, self.controller.beta)
+        self.timed("reward", f"scores of PPO step {step + 1}", scores)
+        batch, by_source = moments_of_scores(self.runtime, self.roles)
+        self.seen = self.seen.merged(batch)
+        so_far = self.seen if self.ppo.reward_normalise == "running" else None
+        experience = self.roles.policy.experience(rollouts, scores, reference, values, self.controller.beta, so_far)
         self.timed("scoring", f"scores, log-probs and values of PPO step {step + 1}", scores, reference, values, experience)
-        return experience, self.runtime.get(self.roles.policy.describe(), "the samples' figures")[0]
+        figures = self.runtime.get(self.roles.policy.describe(), "the samples' figures")[0]
+        return experience, figures | (by_source if self.ppo.rewards else {}) | self.scale()
+
+    def scale(self) -> dict[str, float]:
+        """What scores are normalised by."""
+        running = self.ppo.reward_normalise == "running"
+        return {"running_score_mean": self.seen.mean, "running_score_std": self.seen.std()} if running else {}
 
     def learn(self, experience: Pieces[Experience], step: int) -> dict[str, float]:
         """Policy and critic learn from the experience, at the same time."""
@@ -181,6 +194,7 @@ class Loop:
         loaded = [role.load_state(str(point.folder / name)) for name, role in self.learners.items()]
         self.runtime.wait(*loaded, what=f"{' and '.join(self.learners)} to load the commit of step {point.step}")
         self.controller = replace(self.controller, beta=point.memory["beta"])
+        self.seen = Moments(**point.memory["scores"])
         self.sync(point.step)
         return point.step
 
@@ -188,11 +202,12 @@ class Loop:
         return [getattr(self.config.placement, name).ranks for name in self.learners]
 
     def commit(self, step: int) -> None:
-        """Everything a resume needs: the engines with their optimizers, and beta. Prompts and samples follow from seed and step."""
+        """Everything a resume needs: the engines with their optimizers, beta, and the scores' moments. Prompts and samples follow from
+        seed and step."""
         folder = self.context.directory.begin_state(step)
         saved = [role.save_state(str(folder / name)) for name, role in self.learners.items()]
         self.runtime.wait(*saved, what=f"the commit of PPO step {step}")
-        self.context.directory.seal_state(step, {"beta": self.controller.beta, "ranks": self.ranks()})
+        self.context.directory.seal_state(step, {"beta": self.controller.beta, "ranks": self.ranks(), "scores": asdict(self.seen)})
 
     def export(self) -> None:
         """The policy in Hugging Face form, with its tokenizer and template."""
@@ -204,20 +219,8 @@ class Loop:
         self.context.directory.export(save)
 
 
-def _check_tokenizers(context: StageContext) -> None:
-    """The reward model scores the policy's tokens: both must mean the same by them."""
-    path = context.input("reward_model")
-    if not (path / "tokenizer.json").exists():
-        return  # weights alone: there is nothing to compare
-    if load_tokenizer(str(path), "reward_checkpoint").get_vocab() != context.chat.tokenizer.get_vocab():
-        raise RequestError(
-            f"reward_checkpoint: the reward model in {path} was trained with another tokenizer than the SFT model, whose tokens it would "
-            "score; train it with reward_model.start=sft, or on the same data"
-        )
-
-
-def _prompts(context: StageContext) -> tuple[Prompts, dict[str, int]]:
-    """All prompts that leave room for a reply, encoded once, and what that took; the key of a prompt is its place among them."""
+def _prompts(context: StageContext) -> tuple[Prompts, list[Dialogue], dict[str, int]]:
+    """All prompts that leave room for a reply, encoded once; the same as dialogues; and what that took. Their keys are their places."""
     config, chat = context.config, context.chat
     room = context.longest - config.ppo.max_new_tokens
     fitting, shortened, left_out = fitting_prompts(context.corpus.prompts, chat, room)
@@ -227,7 +230,7 @@ def _prompts(context: StageContext) -> tuple[Prompts, dict[str, int]]:
             f"ppo.max_new_tokens={config.ppo.max_new_tokens}; lower ppo.batch, or give more prompts"
         )
     lost = {"prompts_shortened": shortened, "prompts_left_out": left_out}
-    return chat.prompts(fitting, [(number, 0) for number in range(len(fitting))]), lost
+    return chat.prompts(fitting, [(number, 0) for number in range(len(fitting))]), fitting, lost
 
 
 def _pretraining(context: StageContext) -> Dialogues | None:

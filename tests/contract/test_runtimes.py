@@ -11,15 +11,19 @@ import torch
 
 from actors.batch import Experience, Prompts, Rollouts
 from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
+from actors.rewards.source import Texts
 from actors.rollout import Sampling
 from conf.schema import Config
 from orchestration import config as configuration
 from orchestration import roles
-from orchestration.data.chat import Chat, learn_tokenizer
+from orchestration.data.chat import Chat, learn_tokenizer, load_tokenizer
+from orchestration.data.scoring import ReplyEncoder
 from orchestration.data.world import scenarios
+from orchestration.errors import RunError
 from orchestration.roles import Roles
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.runtime.group import Runtime
+from orchestration.stages.rewarding import moments_of_scores
 
 ROWS = 8
 STEPS = 3
@@ -95,6 +99,31 @@ def test_pieces_keep_their_order_and_rows_through_every_role(runtime: Runtime, s
     assert [score.shape for score in scores] == [(4,), (4,)]
     for piece, r, v in zip(fetched, reference, values, strict=True):
         assert r.shape == v.shape == piece.tokens.shape
+
+
+def test_the_rewards_figures_are_those_of_its_scores(runtime: Runtime, started: Roles, models: Path) -> None:
+    scores = torch.cat(runtime.get(started.reward.score(runtime.put(replayed(models))), "scores"))
+    found, by_source = moments_of_scores(runtime, started)
+    assert (found.count, found.mean) == (ROWS, pytest.approx(float(scores.mean()), abs=1e-6))
+    assert found.std() == pytest.approx(float(scores.std(unbiased=False)), abs=1e-6)
+    assert by_source == {"score_model": pytest.approx(found.mean)}
+
+
+def test_what_a_reward_is_told_reaches_its_ranks_and_what_it_refuses_ends_the_run(runtime: Runtime, started: Roles, models: Path) -> None:
+    rollouts = runtime.put(replayed(models))
+    before = torch.cat(runtime.get(started.reward.score(rollouts), "scores"))
+    chat = Chat(load_tokenizer(str(models / "lm"), "test"))
+    contexts = [c.as_list() for c in scenarios.prompts(ROWS, 3, settings("local", models).data.flaws, judging=False)]
+
+    def tell(longest: int) -> None:
+        texts = Texts(contexts, chat, {"model": ReplyEncoder("model", chat, longest, False)} if longest else {})
+        runtime.wait(started.reward.prepare(runtime.put([texts])), what="texts")
+
+    tell(longest=2)
+    with pytest.raises(RunError, match="reward rank 0 failed in score: .*a reply alone is .* tokens, and it takes 2"):
+        runtime.wait(started.reward.score(rollouts), what="scores")
+    tell(longest=0)
+    assert torch.equal(torch.cat(runtime.get(started.reward.score(rollouts), "scores")), before)
 
 
 def test_samples_equal_those_drawn_without_any_runtime(runtime: Runtime, started: Roles, models: Path) -> None:

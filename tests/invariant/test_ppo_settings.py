@@ -25,12 +25,14 @@ from orchestration.runtime.local import LocalRuntime
 from orchestration.stages import ppo
 from orchestration.stages.context import Shared, StageContext
 
+REWARDS = "[{kind: model}, {kind: function, function: 'tests.fakes:brief', weight: 0.1}]"
 BASE = {
     "steps": 3, "batch": 8, "advantage": "gae", "samples_per_prompt": 1, "minibatches": 2,
     "epochs": 1, "lr": 1e-2, "critic_lr": 1e-2, "warmup": 0,
     "kl.controller": "adaptive", "kl.beta": 0.1, "kl.target": 0.01, "kl.horizon": 100.0, "kl.budget": 1e6,
     "dual_clip": "null", "entropy": 0.0, "old_logprobs": "behaviour", "engine_gap_limit": 0.01, "importance_cap": "null",
-    "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "whiten": True, "reward_clip": 10.0, "missing_end_penalty": 1.0,
+    "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "whiten": True, "rewards": "[]", "reward_normalise": "none",
+    "reward_clip": 10.0, "missing_end_penalty": 1.0,
     "temperature": 1.0, "max_new_tokens": 8, "ptx": 0.5, "ptx_batch": 4, "weight_decay": 0.0, "adam_epsilon": 1e-5, "max_grad_norm": 1.0,
 }  # fmt: skip
 FLIPPED = {
@@ -38,7 +40,8 @@ FLIPPED = {
     "epochs": 2, "lr": 1e-3, "critic_lr": 1e-3, "warmup": 3,
     "kl.controller": "fixed", "kl.beta": 0.5, "kl.target": 100.0, "kl.horizon": 1000.0, "kl.budget": 1e-9,
     "dual_clip": 1.21, "entropy": 0.1, "old_logprobs": "trainer", "engine_gap_limit": 1e-12, "importance_cap": 0.5,
-    "gamma": 0.5, "lam": 0.1, "clip": 1e-3, "value_clip": 1e-3, "whiten": False, "reward_clip": 1e-3, "missing_end_penalty": 0.0,
+    "gamma": 0.5, "lam": 0.1, "clip": 1e-3, "value_clip": 1e-3, "whiten": False, "rewards": REWARDS, "reward_normalise": "running",
+    "reward_clip": 1e-3, "missing_end_penalty": 0.0,
     "temperature": 0.5, "max_new_tokens": 4, "ptx": 0.0, "ptx_batch": 2, "weight_decay": 0.5, "adam_epsilon": 1e-2, "max_grad_norm": 1e-3,
 }  # fmt: skip
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from orchestration.recipe import identity, inputs_of
+from conf.rewards import FunctionReward, ModelReward
+from orchestration.recipe import identity, inputs_of, stages_of
 from tests.fakes import smoke, with_section
 
 
@@ -36,3 +37,16 @@ def test_adapters_are_part_of_the_identity_of_the_stages_that_train_them_alone()
     assert [stage for stage in ("sft", "compare", "reward_model", "ppo", "evaluate") if lora_in_identity(stage, *with_adapters)] == ["ppo"]
     assert lora_in_identity("ppo", *with_adapters) == lora_in_identity("ppo", "lora.rank=4", "lora.roles=[reward_model,policy]")
     assert lora_in_identity("ppo", *with_adapters) != lora_in_identity("ppo", "lora.rank=4")
+
+
+def test_without_a_reward_model_of_its_own_a_run_leaves_out_the_stages_that_make_one() -> None:
+    scored = with_section(smoke(), "ppo", rewards=(FunctionReward("function", "tests.fakes:brief"),))
+    assert stages_of(scored) == ("sft", "ppo", "evaluate")
+    assert inputs_of("ppo", scored) == ("sft",)
+    assert inputs_of("evaluate", scored) == ("sft", "ppo")
+    assert inputs_of("reward_model", scored) == ("sft", "compare"), "asked for by name, it can still be run"
+    both = with_section(smoke(), "ppo", rewards=(*scored.ppo.rewards, ModelReward("model")))
+    assert stages_of(both) == stages_of(smoke())
+    assert inputs_of("ppo", both) == ("sft", "reward_model")
+    elsewhere = with_section(smoke(), "ppo", rewards=(ModelReward("model", path="some/model"),))
+    assert inputs_of("ppo", elsewhere) == ("sft",)

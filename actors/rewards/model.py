@@ -1,0 +1,95 @@
+"""Scores by a reward model: one of chatray's own folders, or a Hugging Face sequence classifier with one label.
+
+A model with the policy's tokenizer scores the policy's tokens as they are. Any other scores text: the reply is decoded, put behind its
+conversation, and encoded with the model's own tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from actors.batch import pad_rows
+from actors.models import HEAD_FILE, ScalarModel
+from actors.rewards.source import RewardError, Rows
+from actors.worker import make_engine, scalar_model
+from conf.schema import Config
+
+
+def kind_of(path: str, setting: str) -> Literal["scalar", "classifier"]:
+    """Which of the two stands there.
+
+    Raises:
+        RewardError: neither; names `setting`.
+    """
+    if (Path(path) / HEAD_FILE).exists():
+        return "scalar"
+    try:
+        shape = AutoConfig.from_pretrained(path)
+    except Exception as cause:  # a spoilt file can fail anywhere in the loader
+        raise RewardError(f"{setting}={path}: no model can be loaded from there ({str(cause).strip()[:200]})") from cause
+    classifies = any(name.endswith("ForSequenceClassification") for name in shape.architectures or [])
+    if not classifies or shape.num_labels != 1:
+        what = f"a classifier with {shape.num_labels} labels" if classifies else f"{', '.join(shape.architectures or ['a model'])}"
+        raise RewardError(
+            f"{setting}={path}: {what} gives no reward; name a folder that stage reward_model wrote (with {HEAD_FILE}), or a sequence "
+            "classifier with one label"
+        )
+    return "classifier"
+
+
+class Scorer(nn.Module):
+    """Either kind, with the same forward."""
+
+    def __init__(self, model: ScalarModel | PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """[B, T] tokens padded on the right, [B] lengths -> [B] float32."""
+        if isinstance(self.model, ScalarModel):
+            return self.model.scores(tokens, lengths)
+        pad = self.model.config.pad_token_id
+        if pad is None:  # it could not tell padding from text: one row at a time has none
+            rows = zip(tokens, lengths.tolist(), strict=True)
+            return torch.cat([self.model(input_ids=row[None, :length]).logits[:, 0] for row, length in rows]).float()
+        inside = torch.arange(tokens.shape[1], device=tokens.device)[None, :] < lengths[:, None]
+        return self.model(input_ids=torch.where(inside, tokens, pad), attention_mask=inside.long()).logits[:, 0].float()
+
+
+def load_scorer(path: str, setting: str, seed: int) -> Scorer:
+    """The model in float32."""
+    if kind_of(path, setting) == "scalar":
+        return Scorer(scalar_model(path, seed))
+    return Scorer(AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32))
+
+
+class ModelSource:
+    """One frozen reward model on this rank."""
+
+    def __init__(self, config: Config, name: str, path: str) -> None:
+        self.name = name
+        self.engine = make_engine(config, load_scorer(path, f"ppo.rewards: {name}", config.seed), None)
+
+    @torch.no_grad()
+    def score(self, rows: Rows) -> Tensor:
+        """Read at the last token, in the pieces that the rows came in."""
+        device = self.engine.device
+        batches = self._encoded(rows) or [(piece.tokens, piece.lengths) for piece in rows.pieces]
+        return torch.cat([self.engine(tokens.to(device), lengths.to(device)).cpu() for tokens, lengths in batches])
+
+    def _encoded(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+        """The rows in this model's own tokens, in pieces of the same sizes; none when it shares the policy's."""
+        encoder = rows.known.encoders.get(self.name) if rows.known else None
+        if encoder is None:
+            return []
+        ids = encoder.encode(rows.contexts, rows.replies, rows.finished)
+        found, start = [], 0
+        for piece in rows.pieces:
+            found.append(pad_rows(ids[start : start + len(piece)]))
+            start += len(piece)
+        return found
