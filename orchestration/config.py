@@ -192,6 +192,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _files(config)
     yield from _pretraining(config)
     yield from _choices(config)
+    yield from _guard(config)
 
 
 def _shapes(config: Config) -> Iterable[str]:
@@ -322,6 +323,11 @@ def _choices(config: Config) -> Iterable[str]:
         yield "logging.wandb=online: no WANDB_API_KEY in the environment; log in, or use logging.wandb=offline"
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         yield "logging.tensorboard=true: the package tensorboard is not installed; pip install tensorboard"
+
+
+def _guard(config: Config) -> Iterable[str]:
+    if config.ppo.guard.action == "rollback" and config.ppo.kl.beta == 0:
+        yield "ppo.guard.action=rollback: it raises beta, and ppo.kl.beta=0 stays 0 when multiplied; set ppo.kl.beta above 0"
 
 
 def _preferences(config: Config) -> Iterable[str]:

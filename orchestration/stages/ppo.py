@@ -6,6 +6,9 @@
                                              +-> (policy's own log-probs) -------+
     then policy.weights -> rollout.load_weights, and a commit every `commit.every` steps
 
+    watch    checks of each step's samples and of the first update, illnesses, the curve of the held-out judge
+    guard    above the KL budget: stop with the weights before, or go back to a commit and on with a higher beta
+
 The driver passes references to pieces of a micro-batch's size; it never holds a tensor of them. What runs in parallel is whatever has
 its inputs: scores, reference log-probs and values together, then both updates together.
 """
@@ -27,8 +30,12 @@ from orchestration.data.fitting import fitting_prompts
 from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
 from orchestration.roles import Roles
+from orchestration.run_directory import ResumePoint
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.stages.context import StageContext
+from orchestration.stages.guarding import KLGuard
+from orchestration.stages.judging import demonstration_score, open_judge
+from orchestration.stages.watching import Watch
 
 MEASURED_BLOCKS = 256
 """Blocks of held-out pretraining text that the SFT model and the result are measured on."""
@@ -66,29 +73,40 @@ class Loop:
         self.controller = KLController(kl.beta, kl.controller == "adaptive", kl.target, kl.horizon)
         self.phases: dict[str, float] = {}
         self.together = math.lcm(*roles.rank_counts(self.config))
+        self.guard, self.watch = KLGuard(self.ppo), Watch(self.context)
+        self.judge = open_judge(self.context, self.roles, self.together)
 
     def run(self) -> dict[str, Any]:
         within: dict[str, float] = {}
         stopped_by = "steps"
-        for step in range(self.resume(), self.ppo.steps + 1):
+        step = start = self.resume()
+        zero = demonstration_score(self.context, self.roles, self.together) if self.config.checks != "off" else None
+        while True:
             began = time.perf_counter()
-            rollouts = self.sample(step)
-            experience, figures = self.score(rollouts, step)
-            if figures["kl"] > self.ppo.kl.budget:
-                self.runtime.wait(self.roles.policy.go_back(), what="the policy to go back within the KL budget")
-                stopped_by = "kl_budget"
-                break
+            experience, figures = self.score(self.sample(step), step)
+            checked = self.watch.sampled(step, figures, zero if step == start else None)
+            if self.guard.exceeded(figures["kl"]):
+                point = self.guard.point_to_go_back_to(self.context.directory)
+                if point is None:
+                    self.runtime.wait(self.roles.policy.go_back(), what="the policy to go back within the KL budget")
+                    stopped_by = "kl_budget"
+                    break
+                step = start = self.roll_back(point, step, figures["kl"])
+                continue
             within = figures
+            judged = self.judged(step)
             if step == self.ppo.steps:  # the last weights are measured as well: what is exported is what is reported
                 break
+            if (step > start and step % self.config.commit.every == 0) or self.guard.needs_start(step):
+                self.commit(step)  # not before its samples were seen: what is committed is within the KL budget
             figures = figures | self.learn(experience, step)
             self.sync(step + 1)
-            self.record(step + 1, figures, time.perf_counter() - began)
-            if (step + 1) % self.config.commit.every == 0 and step + 1 < self.ppo.steps:
-                self.commit(step + 1)
+            checked |= self.watch.updated(figures)
+            step += 1
+            self.record(step, figures, judged | {"checks": checked}, time.perf_counter() - began)
         self.export()
         result: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
-        return result | {"stopped_by": stopped_by} | self.text_losses()
+        return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
 
     def sample(self, step: int) -> Pieces[Rollouts]:
         """This step's prompts and one reply to each."""
@@ -126,11 +144,25 @@ class Loop:
         self.runtime.wait(*pieces, what=what)
         self.phases[f"seconds_{phase}"] = time.perf_counter() - began
 
-    def record(self, step: int, figures: dict[str, float], seconds: float) -> None:
+    def judged(self, step: int) -> dict[str, Any]:
+        """The held-out judge's measurement of the weights of this step, when one is due."""
+        every = self.ppo.judge.every
+        if not every or (step % every and step != self.ppo.steps):
+            return {}
+        began = time.perf_counter()
+        found = {"judge": self.judge.measure(step)}
+        self.phases["seconds_judge"] = time.perf_counter() - began
+        if step == self.ppo.steps:  # no update follows, whose row it could be in
+            self.context.directory.append(self.watch.recorded({"step": step, **found}))
+        return found
+
+    def record(self, step: int, figures: dict[str, float], seen: dict[str, Any], seconds: float) -> None:
         """Write and show a finished step, and let beta follow its KL."""
         figures |= {"beta": self.controller.beta, "seconds": seconds, "tokens_per_second": figures["tokens"] / seconds} | self.phases
-        self.context.directory.append({"step": step, **figures})
-        self.context.metrics.record(step, figures)
+        row = self.watch.recorded({"step": step, **figures, **seen})
+        self.context.directory.append(row)
+        judge = {f"judge_{name}": value for name, value in seen.get("judge", {}).items()}
+        self.context.metrics.record(step, figures | judge | {"warnings": float(len(row.get("warnings", [])))})
         self.controller = self.controller.updated(figures["kl"], self.ppo.batch)
 
     def pretraining_of(self, step: int) -> list[Dialogues]:
@@ -170,10 +202,26 @@ class Loop:
                 f"placement.policy.ranks, placement.critic.ranks: the commit of step {point.step} was made by "
                 f"{point.memory['ranks']} ranks, now there are {self.ranks()}; go on with as many, or start the stage again with from=ppo"
             )
+        self.guard.rollbacks = point.memory.get("rollbacks", [])
+        self.load(point, point.memory["beta"])
+        return point.step
+
+    def load(self, point: ResumePoint, beta: float) -> None:
+        """Policy, critic and engines as they were at a commit."""
         loaded = (self.roles.policy.load_state(str(point.folder / "policy")), self.roles.critic.load_state(str(point.folder / "critic")))
         self.runtime.wait(*loaded, what=f"policy and critic to load the commit of step {point.step}")
-        self.controller = replace(self.controller, beta=point.memory["beta"])
+        self.controller = replace(self.controller, beta=beta)
+        self.watch.go_back(point.step)
         self.sync(point.step)
+
+    def roll_back(self, point: ResumePoint, step: int, kl: float) -> int:
+        """Go back to a commit with a higher beta, in the commit too, so that a run killed from here on goes on with it."""
+        beta = self.controller.beta * self.ppo.guard.beta_factor
+        self.guard.rollbacks.append({"from": step, "to": point.step, "kl": kl, "beta": beta})
+        self.context.metrics.say(f"  [yellow]{self.guard.sentence()}[/yellow]")
+        self.context.directory.seal_state(point.step, self.memory(beta))
+        self.context.directory.forget_after(point.step)
+        self.load(point, beta)
         return point.step
 
     def ranks(self) -> list[int]:
@@ -184,7 +232,10 @@ class Loop:
         folder = self.context.directory.begin_state(step)
         saved = (self.roles.policy.save_state(str(folder / "policy")), self.roles.critic.save_state(str(folder / "critic")))
         self.runtime.wait(*saved, what=f"the commit of PPO step {step}")
-        self.context.directory.seal_state(step, {"beta": self.controller.beta, "ranks": self.ranks()})
+        self.context.directory.seal_state(step, self.memory(self.controller.beta))
+
+    def memory(self, beta: float) -> dict[str, Any]:
+        return {"beta": beta, "ranks": self.ranks(), "rollbacks": self.guard.rollbacks}
 
     def export(self) -> None:
         """The policy in Hugging Face form, with its tokenizer and template."""
