@@ -94,8 +94,12 @@ class Policy(Worker):
     def _ranks(self) -> Ranks:
         return Ranks(self.engine.sum_over_ranks, self.spec.rank, self.spec.world_size)
 
-    def update(self, experience: list[Experience], pretraining: list[Dialogues], step: int) -> dict[str, float]:
-        """PPO's epochs over this rank's share. `pretraining` holds one batch per optimizer step when `ppo.ptx` is above 0."""
+    def update(self, experience: list[Experience], pretraining: list[Dialogues], step: int, lr_scale: float = 1.0) -> dict[str, float]:
+        """PPO's epochs over this rank's share. `pretraining` holds one batch per optimizer step when `ppo.ptx` is above 0.
+
+        Args:
+            lr_scale: of the learning rate; below 1 after rollbacks.
+        """
         ppo = self.config.ppo
         share = Experience.join(experience)
         totals: dict[str, float] = {}
@@ -103,7 +107,7 @@ class Policy(Worker):
         batches = minibatches(share, ppo.epochs, ppo.minibatches, (self.config.seed, step, self.spec.rank))
         for number, minibatch in enumerate(batches):
             extra = pretraining[number] if ppo.ptx > 0 else None
-            found = self._learn(minibatch, extra, warmed_up(ppo.lr, step, ppo.warmup))
+            found = self._learn(minibatch, extra, lr_scale * warmed_up(ppo.lr, step, ppo.warmup))
             if number == 0:  # before any update of this step: the ratio must still be 1
                 first = {f"first_{name.removeprefix('update_')}": found[name] for name in ("clip_share", "update_kl", "log_ratio_max")}
             totals = {name: totals.get(name, 0.0) + value for name, value in found.items()}

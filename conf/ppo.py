@@ -35,6 +35,8 @@ class Guard(Settings):
     included, beta is raised, and the run goes on; after `times` of it, `stop`. `off`: nothing but a warning."""
     beta_factor: Annotated[float, Gt(1)]
     """Beta is multiplied by this at each rollback."""
+    lr_factor: Annotated[float, Gt(0), Le(1)]
+    """The policy's learning rate too: near the reference KL is 0, and beta alone would change nothing."""
     times: Count
     """Rollbacks in one run at most."""
 

@@ -13,7 +13,6 @@ the update's own micro-batches the ratio is exactly 1, and the bound is 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -34,8 +33,10 @@ class Bounds:
     """Mean score of demonstrations, in the reward model's own unit."""
 
 
-BOUNDS = {"fp32": Bounds(1e-4, 1e-5, 1e-4, 1e-3), "bf16": Bounds(0.15, 0.01, 0.03, 0.05)}
-"""By `model.dtype`. The engine samples in fp32 or bf16; next to a trainer in bf16 one bound has to hold for both."""
+BOUNDS = {"fp32": Bounds(1e-4, 1e-5, 1e-4, 1e-3), "bf16": Bounds(0.1, 0.01, 0.03, 0.02)}
+"""By `model.dtype`, several times what was seen: in fp32 engine and trainer 5e-7 apart on average, beside a trainer in bf16 0.004.
+
+The log ratio in bf16 may be half of the usual ppo.clip, 0.2: rounding alone then clips nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def every_step(figures: Mapping[str, float], dtype: str, version: int) -> list[F
     Args:
         version: of the weights that the loop has sent to the engines.
     """
-    far = max(abs(figures["weight_version_min"] - version), abs(figures["weight_version_max"] - version))
+    far = abs(figures["weight_version_min"] - version) + abs(figures["weight_version_max"] - version)
     return [
         Finding(
             "engine", figures["engine_gap_mean"], BOUNDS[dtype].engine,
@@ -96,7 +97,7 @@ def every_step(figures: Mapping[str, float], dtype: str, version: int) -> list[F
             "weights that did not reach an engine (weight_sync.py), ppo.temperature in both, and the engine's precision",
         ),
         Finding(
-            "weights", far if math.isfinite(far) else math.inf, 0.0,
+            "weights", far, 0.0,
             f"all replies were sampled by weights of version {version}",
             f"engines that missed a sync (versions {figures['weight_version_min']:g} to {figures['weight_version_max']:g} were seen)",
         ),

@@ -30,10 +30,14 @@ class KLGuard:
             return None
         return directory.last()
 
+    def lr_scale(self) -> float:
+        """Of the policy's learning rate, after the rollbacks so far."""
+        return self.ppo.guard.lr_factor ** len(self.rollbacks)
+
     def sentence(self) -> str:
         """The last rollback, for the terminal."""
         last = self.rollbacks[-1]
         return (
             f"step {last['from']}: KL {last['kl']:.3g} is above ppo.kl.budget={self.ppo.kl.budget:g}; back to the commit of step "
-            f"{last['to']}, with beta {last['beta']:.3g} ({len(self.rollbacks)} of {self.ppo.guard.times})"
+            f"{last['to']}, with beta {last['beta']:.3g}, {self.lr_scale():g} of ppo.lr ({len(self.rollbacks)} of {self.ppo.guard.times})"
         )

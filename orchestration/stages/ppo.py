@@ -128,7 +128,7 @@ class Loop:
 
     def learn(self, experience: Pieces[Experience], step: int) -> dict[str, float]:
         """Both models learn from the experience, at the same time."""
-        policy = self.roles.policy.update(experience, self.runtime.put(self.pretraining_of(step)), step)
+        policy = self.roles.policy.update(experience, self.runtime.put(self.pretraining_of(step)), step, self.guard.lr_scale())
         critic = self.roles.critic.update(experience, step)
         self.timed("learning", f"policy and critic to learn in PPO step {step + 1}", policy, critic)
         return self.runtime.get(policy, "the policy's figures")[0] | self.runtime.get(critic, "the critic's figures")[0]
@@ -147,6 +147,7 @@ class Loop:
     def judged(self, step: int) -> dict[str, Any]:
         """The held-out judge's measurement of the weights of this step, when one is due."""
         every = self.ppo.judge.every
+        self.phases.pop("seconds_judge", None)
         if not every or (step % every and step != self.ppo.steps):
             return {}
         began = time.perf_counter()
