@@ -92,14 +92,14 @@ def every_step(figures: Mapping[str, float], dtype: str, version: int) -> list[F
     far = abs(figures["weight_version_min"] - version) + abs(figures["weight_version_max"] - version)
     return [
         Finding(
-            "engine", figures["engine_gap_mean"], BOUNDS[dtype].engine,
-            "engine and trainer give sampled tokens the same log-probs: 0 nats between them on average",
-            "weights that did not reach an engine (weight_sync.py), ppo.temperature in both, and the engine's precision",
-        ),
-        Finding(
             "weights", far, 0.0,
             f"all replies were sampled by weights of version {version}",
             f"engines that missed a sync (versions {figures['weight_version_min']:g} to {figures['weight_version_max']:g} were seen)",
+        ),
+        Finding(
+            "engine", figures["engine_gap_mean"], BOUNDS[dtype].engine,
+            "engine and trainer give sampled tokens the same log-probs: 0 nats between them on average",
+            "weights that did not reach an engine (weight_sync.py), ppo.temperature in both, and the engine's precision",
         ),
     ]  # fmt: skip
 

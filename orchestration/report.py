@@ -64,7 +64,7 @@ def show(path: Path, count: int, seed: int) -> None:
     ppo = summary["stages"].get("ppo", {})
     for console in (Console(), page):
         console.print(results(summary))
-        for table in (checked(ppo), warned(ppo), curve_table(ppo)):
+        for table in (checked(ppo), warned(ppo), rollbacks(ppo), curve_table(ppo)):
             if table.row_count:
                 console.print(table)
         for panel in conversations(path, count, seed):
@@ -99,6 +99,14 @@ def warned(ppo: dict[str, Any]) -> Table:
     table = Table("illness", "first step", "last step", "steps", title="Warnings of PPO")
     for name, found in ppo.get("warnings", {}).items():
         table.add_row(name, *(f"{found[key]}" for key in ("first", "last", "steps")))
+    return table
+
+
+def rollbacks(ppo: dict[str, Any]) -> Table:
+    """Where PPO went back, for its KL was above the budget."""
+    table = Table("from step", "to step", "KL seen", "beta after", title="Rollbacks of PPO")
+    for found in ppo.get("rollbacks", []):
+        table.add_row(f"{found['from']}", f"{found['to']}", _number(found["kl"]), _number(found["beta"]))
     return table
 
 

@@ -61,11 +61,10 @@ class Watch:
             RunError: one failed, and `checks` is strict.
         """
         failed = [finding for finding in findings if not finding.passed]
+        if failed and self.config.checks == "strict":
+            sentences = "\n  ".join(finding.sentence() for finding in failed)
+            raise RunError(f"{sentences}\n  what was committed stays in {self.context.directory.path}; checks=warn goes on all the same")
         for finding in failed:
-            if self.config.checks == "strict":
-                raise RunError(
-                    f"{finding.sentence()}. What was committed stays in {self.context.directory.path}; checks=warn goes on all the same"
-                )
             if self.checked.get(finding.name, {}).get("passed", True):  # once for each check
                 self.context.metrics.say(f"  [yellow]{finding.sentence()}[/yellow]")
         for finding in findings:
