@@ -34,6 +34,10 @@ class KLGuard:
         """Of the policy's learning rate, after the rollbacks so far."""
         return self.ppo.guard.lr_factor ** len(self.rollbacks)
 
+    def last_word(self, step: int, kl: float) -> str:
+        """For the terminal, when the run stops."""
+        return f"step {step}: KL {kl:.3g} is above ppo.kl.budget={self.ppo.kl.budget:g}; stopped with the weights before these"
+
     def sentence(self) -> str:
         """The last rollback, for the terminal."""
         last = self.rollbacks[-1]

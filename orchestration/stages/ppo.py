@@ -86,12 +86,11 @@ class Loop:
             experience, figures = self.score(self.sample(step), step)
             checked = self.watch.sampled(step, figures, zero if step == start else None)
             if self.guard.exceeded(figures["kl"]):
-                point = self.guard.point_to_go_back_to(self.context.directory)
-                if point is None:
-                    self.runtime.wait(self.roles.policy.go_back(), what="the policy to go back within the KL budget")
+                back = self.go_back(step, figures["kl"])
+                if back is None:
                     stopped_by = "kl_budget"
                     break
-                step = start = self.roll_back(point, step, figures["kl"])
+                step = start = back
                 continue
             within = figures
             judged = self.judged(step)
@@ -215,8 +214,15 @@ class Loop:
         self.watch.go_back(point.step)
         self.sync(point.step)
 
-    def roll_back(self, point: ResumePoint, step: int, kl: float) -> int:
-        """Go back to a commit with a higher beta, in the commit too, so that a run killed from here on goes on with it."""
+    def go_back(self, step: int, kl: float) -> int | None:
+        """Within the KL budget again: None, to stop with the weights before these, or the step of a commit to go on from, more gently.
+
+        The higher beta is written into the commit, so that a run killed from here on goes on with it."""
+        point = self.guard.point_to_go_back_to(self.context.directory)
+        if point is None:
+            self.context.metrics.say(f"  [yellow]{self.guard.last_word(step, kl)}[/yellow]")
+            self.runtime.wait(self.roles.policy.go_back(), what="the policy to go back within the KL budget")
+            return None
         beta = self.controller.beta * self.ppo.guard.beta_factor
         self.guard.rollbacks.append({"from": step, "to": point.step, "kl": kl, "beta": beta})
         self.context.metrics.say(f"  [yellow]{self.guard.sentence()}[/yellow]")
