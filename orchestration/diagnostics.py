@@ -65,7 +65,7 @@ RULES = (
          "a higher ppo.kl.beta, a lower ppo.lr", relative=True, window=5),
     Rule("entropy_rise", "entropy", True, 2.0, "learning sharpens; healthy runs stayed below 1.3", "the policy drifts into noise",
          "a lower ppo.lr, a higher ppo.kl.beta", relative=True, window=5),
-    Rule("mode_collapse", "distinct_2", False, 0.33, "runs here kept 0.9, though replies became shorter", "replies use the same few phrases",
+    Rule("mode_collapse", "distinct_2", False, 0.33, "runs here kept 0.9", "replies use the same few phrases",
          "a higher ppo.kl.beta; look at the replies that the reward model likes", relative=True, window=5),
     Rule("same_reply", "duplicate_share", True, 0.9, "one reply in ten is its own", "most prompts get the same reply",
          "a higher ppo.kl.beta, more and other prompts", window=3),
