@@ -15,13 +15,14 @@ from actors.algorithms.baselines import grpo, on_tokens, reinforce, rloo
 from actors.algorithms.gae import gae, shape_rewards
 from actors.algorithms.importance import engine_gap, importance_weights
 from actors.algorithms.kl import k1, k3
-from actors.algorithms.masking import masked_mean, masked_sum, moments, whiten
+from actors.algorithms.masking import masked_mean, masked_sum, whiten
 from actors.algorithms.ppo import policy_loss
 from actors.algorithms.running import Moments, normalised
 from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues, Experience, Rollouts, join_rows
 from actors.engine import Optimizer
 from actors.learning import minibatches, optimizer_step
+from actors.sample_figures import Ranks, sample_figures
 from actors.weight_sync import WeightUpdate, pack, unpack
 from actors.worker import Worker, export, language_model, make_engine, warmed_up
 
@@ -87,8 +88,8 @@ class Policy(Worker):
         shaped = [replace(piece, scores=normalised(piece.scores, so_far)) for piece in scored]
         learned = self._advantages(shaped, [self._rewards(piece, o, beta) for piece, o in zip(shaped, old, strict=True)])
         advantages = self._whitened([a for a, _ in learned], rollouts)
-        self._describe(scored, old)
-        self.described |= gap | self._k3_per_token(scored, old)
+        whole = Rollouts.join(rollouts), torch.cat(scores), join_rows(old), join_rows(reference)
+        self.described = sample_figures(*whole, self._ranks()) | gap | self._k3_per_token(scored, old)
         return [
             Experience(r.tokens, r.lengths, r.mask, logprobs, piece.values, advantage, returns, r.behaviour)
             for r, piece, logprobs, advantage, (_, returns) in zip(rollouts, scored, old, advantages, learned, strict=True)
@@ -143,32 +144,19 @@ class Policy(Worker):
         rows = whole.split([len(a) for a in advantages])
         return [row[:, : a.shape[1]].clone() for row, a in zip(rows, advantages, strict=True)]
 
-    def _describe(self, scored: list[Scored], old: list[Tensor]) -> None:
-        """Figures of the samples themselves, over all ranks; kept for `describe`."""
-        rollouts = Rollouts.join([piece.rollouts for piece in scored])
-        mask, reduce = rollouts.mask, self.engine.sum_over_ranks
-        kl = torch.where(mask, k1(join_rows(old), join_rows([piece.reference for piece in scored])), torch.zeros(()))
-        every = torch.ones(len(rollouts), dtype=torch.bool)
-        scores = torch.cat([piece.scores for piece in scored])
-        gap = (join_rows(old) - rollouts.behaviour).abs()
-        mean, variance = moments(scores, every, reduce)
-        self.described = {
-            "score": float(mean),
-            "score_std": float(variance.sqrt()),
-            "kl": float(masked_mean(kl.sum(dim=1), every, reduce)),
-            "kl_per_token": float(masked_mean(kl, mask, reduce)),
-            "reply_tokens": float(masked_mean(mask.sum(dim=1).float(), every, reduce)),
-            "finished_share": float(masked_mean(rollouts.finished.float(), every, reduce)),
-            "engine_gap_mean": float(masked_mean(gap, mask, reduce)),
-            "tokens": float(reduce(rollouts.lengths.sum().float())),
-        }
-
     def describe(self) -> dict[str, float]:
-        """Figures of the samples that `experience` saw last: score, KL to the reference, length."""
+        """Figures of the samples that `experience` saw last (`sample_figures.py`)."""
         return self.described
 
-    def update(self, experience: list[Experience], pretraining: list[Dialogues], step: int) -> dict[str, float]:
-        """PPO's epochs over this rank's share. `pretraining` holds one batch per optimizer step when `ppo.ptx` is above 0."""
+    def _ranks(self) -> Ranks:
+        return Ranks(self.engine.sum_over_ranks, self.spec.rank, self.spec.world_size)
+
+    def update(self, experience: list[Experience], pretraining: list[Dialogues], step: int, lr_scale: float = 1.0) -> dict[str, float]:
+        """PPO's epochs over this rank's share. `pretraining` holds one batch per optimizer step when `ppo.ptx` is above 0.
+
+        Args:
+            lr_scale: of the learning rate; below 1 after rollbacks.
+        """
         ppo = self.config.ppo
         share = Experience.join(experience)
         totals: dict[str, float] = {}
@@ -176,9 +164,9 @@ class Policy(Worker):
         batches = minibatches(share, ppo.epochs, ppo.minibatches, (self.config.seed, step, self.spec.rank))
         for number, minibatch in enumerate(batches):
             extra = pretraining[number] if ppo.ptx > 0 else None
-            found = self._learn(minibatch, extra, warmed_up(ppo.lr, step, ppo.warmup))
+            found = self._learn(minibatch, extra, lr_scale * warmed_up(ppo.lr, step, ppo.warmup))
             if number == 0:  # before any update of this step: the ratio must still be 1
-                first = {"first_clip_share": found["clip_share"], "first_kl": found["update_kl"]}
+                first = {f"first_{name.removeprefix('update_')}": found[name] for name in ("clip_share", "update_kl", "log_ratio_max")}
             totals = {name: totals.get(name, 0.0) + value for name, value in found.items()}
         self.version = None
         steps = ppo.epochs * ppo.minibatches
@@ -188,7 +176,7 @@ class Policy(Worker):
         ppo, device = self.config.ppo, self.engine.device
         tokens = float(self.engine.sum_over_ranks(minibatch.mask.sum().float()))
         names = ("policy_loss", "clip_share", "dual_clip_share", "update_kl", "entropy", "importance_mean", "importance_truncated")
-        sums = torch.zeros(len(names))
+        sums, largest = torch.zeros(len(names)), torch.zeros(1)
 
         def loss(rows: Experience) -> Tensor:
             rows = rows.to(device)
@@ -198,13 +186,15 @@ class Policy(Worker):
             entropy, weight, cut = (masked_sum(x, rows.mask) / tokens for x in (spread, weights, truncated.to(weights.dtype)))
             described = [found.loss, found.clipped, found.dual_clipped, found.kl, entropy, weight, cut]
             sums.add_(torch.stack(described).detach().cpu())
+            largest.copy_(torch.maximum(largest, torch.where(rows.mask, (logprobs.detach() - rows.old_logprobs).abs(), 0).max().cpu()))
             return found.loss - ppo.entropy * entropy if ppo.entropy > 0 else found.loss
 
         losses: list[tuple[Callable[[Any], Tensor], Batch]] = [(loss, minibatch)]
         if extra is not None:
             losses.append((self._ptx(float(self.engine.sum_over_ranks(extra.mask.sum().float()))), extra))
         norm = optimizer_step(self.engine, losses, self.config.engine.micro_batch, lr)
-        return dict(zip(names, self.engine.sum_over_ranks(sums).tolist(), strict=True)) | {"policy_grad_norm": norm, "policy_lr": lr}
+        found = dict(zip(names, self.engine.sum_over_ranks(sums).tolist(), strict=True))
+        return found | {"log_ratio_max": self._ranks().largest(largest), "policy_grad_norm": norm, "policy_lr": lr}
 
     def _ptx(self, tokens: float):
         """PPO-ptx (InstructGPT, equation 2): gamma times the language-modelling loss, in the same accumulated gradient."""

@@ -25,7 +25,32 @@ class KL(Settings):
     horizon: Positive
     """Replies over which the adaptive controller corrects."""
     budget: Positive
-    """KL per reply, in nats, above which a run stops and keeps the last weights within it."""
+    """KL per reply, in nats, that a result must stay within; `ppo.guard` says what happens above it."""
+
+
+@dataclass(frozen=True)
+class Guard(Settings):
+    """What happens when the KL per reply is above `ppo.kl.budget`."""
+
+    action: Literal["stop", "rollback", "off"]
+    """`stop`: the run ends with the last weights within the budget. `rollback`: policy and critic go back to the last commit, optimizers
+    included, beta is raised, and the run goes on; after `times` of it, `stop`. `off`: nothing but a warning."""
+    beta_factor: Annotated[float, Gt(1)]
+    """Beta is multiplied by this at each rollback."""
+    lr_factor: Annotated[float, Gt(0), Le(1)]
+    """The policy's learning rate too: near the reference KL is 0, and beta alone would change nothing."""
+    times: Count
+    """Rollbacks in one run at most."""
+
+
+@dataclass(frozen=True)
+class Judge(Settings):
+    """Replies to held-out prompts, scored now and then: what the policy is worth where it does not learn."""
+
+    every: Whole
+    """Steps between measurements, the first and the last weights included; 0: none."""
+    prompts: Count
+    """Held-out prompts, the same each time."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,10 @@ class PPO(Settings):
     """Iterations of linear learning-rate warm-up from one tenth."""
     kl: KL
     """The leash to the reference."""
+    guard: Guard
+    """When the leash does not hold."""
+    judge: Judge
+    """Measuring on held-out prompts during the run."""
     gamma: Annotated[float, Gt(0), Le(1)]
     """Discount per token (`advantage=gae`)."""
     lam: Share

@@ -298,6 +298,8 @@ class Config(Settings):
     """The reward model's weights when `stage=ppo` is run without `reward_model`."""
     runtime: Literal["ray", "local"]
     """`ray`: roles are actors on a cluster. `local`: one rank per role, in this process, for a debugger."""
+    checks: Literal["strict", "warn", "off"]
+    """What PPO checks of itself. A check that fails: `strict` ends the run, `warn` is printed once; `off` checks nothing."""
     scale: Scale
     """Model shape."""
     model: Model

@@ -200,6 +200,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _adapters(config)
     yield from _ppo(config)
     yield from _choices(config)
+    yield from _guard(config)
     yield from reward_sources.contradictions(config)
 
 
@@ -365,6 +366,11 @@ def _choices(config: Config) -> Iterable[str]:
         yield "logging.wandb=online: no WANDB_API_KEY in the environment; log in, or use logging.wandb=offline"
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         yield "logging.tensorboard=true: the package tensorboard is not installed; pip install tensorboard"
+
+
+def _guard(config: Config) -> Iterable[str]:
+    if config.ppo.guard.action == "rollback" and config.ppo.kl.beta == 0:
+        yield "ppo.guard.action=rollback: it raises beta, and ppo.kl.beta=0 stays 0 when multiplied; set ppo.kl.beta above 0"
 
 
 def _preferences(config: Config) -> Iterable[str]:

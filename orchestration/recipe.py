@@ -36,8 +36,8 @@ SECTIONS = {
     "evaluate": ("seed", "evaluate"),
 }
 """The settings that decide a stage's result. Ranks, memory, logging and deadlines do not."""
-NO_PART = {"scale": ("name", "zero_stage"), "sft": ("packing", "pack_length")}
-"""Settings of those sections that decide nothing: a name, and ways to shard and to save padding."""
+NO_PART = {"scale": ("name", "zero_stage"), "sft": ("packing", "pack_length"), "ppo": ("judge",)}
+"""Settings of those sections that decide nothing: a name, ways to shard and to save padding, and what is only measured."""
 
 
 ADAPTED = {"sft": ("sft",), "reward_model": ("reward_model",), "ppo": ("policy", "critic")}
@@ -77,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     memory = PeakMemory()
     memory.start()
     directory = RunDirectory(Path(config.run_dir), config.commit.keep)
-    shared = Shared(config, open_source(config), connect)
+    shared = Shared(config, open_source(config), connect, evaluate.exact_grades(config))
     wanted = stages_of(config) if config.stage == "all" else (config.stage,)
     check(config, directory, shared, wanted)
     prepare(config, directory)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from orchestration.curve import svg
 from orchestration.errors import RequestError
 from orchestration.run_directory import RunDirectory, read_json
 from orchestration.stages.evaluate import CONVERSATIONS_FILE
@@ -60,11 +61,17 @@ def show(path: Path, count: int, seed: int) -> None:
         raise RequestError(f"run={path}: no run there (no summary.json)")
     # one recording for the page, whatever the terminal is; drawn to nowhere
     page = Console(record=True, width=110, file=io.StringIO())
+    ppo = summary["stages"].get("ppo", {})
     for console in (Console(), page):
         console.print(results(summary))
+        for table in (checked(ppo), warned(ppo), rollbacks(ppo), curve_table(ppo)):
+            if table.row_count:
+                console.print(table)
         for panel in conversations(path, count, seed):
             console.print(panel)
     page.save_html(str(path / "report.html"))
+    if ppo.get("curve"):
+        _add_picture(path, svg(ppo["curve"]))
 
 
 def results(summary: dict[str, Any]) -> Table:
@@ -77,6 +84,46 @@ def results(summary: dict[str, Any]) -> Table:
         if value is not None:
             table.add_row(title, _number(value), unit)
     return table
+
+
+def checked(ppo: dict[str, Any]) -> Table:
+    """What PPO checked of itself, each at its worst."""
+    table = Table("check", "passed", "seen", "bound", title="Checks of PPO")
+    for name, found in ppo.get("checks", {}).items():
+        table.add_row(name, "yes" if found["passed"] else "[red]no[/red]", f"{found['seen']:.3g}", f"{found['bound']:g}")
+    return table
+
+
+def warned(ppo: dict[str, Any]) -> Table:
+    """The illnesses that PPO showed."""
+    table = Table("illness", "first step", "last step", "steps", title="Warnings of PPO")
+    for name, found in ppo.get("warnings", {}).items():
+        table.add_row(name, *(f"{found[key]}" for key in ("first", "last", "steps")))
+    return table
+
+
+def rollbacks(ppo: dict[str, Any]) -> Table:
+    """Where PPO went back, for its KL was above the budget."""
+    table = Table("from step", "to step", "KL seen", "beta after", title="Rollbacks of PPO")
+    for found in ppo.get("rollbacks", []):
+        table.add_row(f"{found['from']}", f"{found['to']}", _number(found["kl"]), _number(found["beta"]))
+    return table
+
+
+def curve_table(ppo: dict[str, Any]) -> Table:
+    """The held-out judge's measurements."""
+    table = Table("step", "root of KL", "reward model", "exact grade", "tokens", title="Held-out prompts during PPO")
+    for point in ppo.get("curve", []):
+        figures = [_number(point[name]) if name in point else "" for name in ("sqrt_kl", "score", "gold", "reply_tokens")]
+        table.add_row(f"{point['step']:g}", *figures)
+    return table
+
+
+def _add_picture(path: Path, picture: str) -> None:
+    """As a file beside the page, and on the page."""
+    (path / "curve.svg").write_text(picture, encoding="utf-8")
+    page = (path / "report.html").read_text(encoding="utf-8")
+    (path / "report.html").write_text(page.replace("</body>", f"{picture}</body>"), encoding="utf-8")
 
 
 def _number(value: Any) -> str:

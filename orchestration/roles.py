@@ -40,8 +40,10 @@ class PolicyGroup:
         """`values` is empty without a critic."""
         return self.group.map(Policy.experience, rollouts, scores, reference, values, beta=beta, so_far=so_far)
 
-    def update(self, experience: Pieces[Experience], pretraining: Pieces[Dialogues], step: int) -> Pieces[dict[str, float]]:
-        return self.group.each(Policy.update, experience, pretraining, step=step)
+    def update(
+        self, experience: Pieces[Experience], pretraining: Pieces[Dialogues], step: int, lr_scale: float = 1.0
+    ) -> Pieces[dict[str, float]]:
+        return self.group.each(Policy.update, experience, pretraining, step=step, lr_scale=lr_scale)
 
     def weights(self, version: int) -> Pieces[WeightUpdate]:
         return self.group.each(Policy.weights, version=version)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,18 +12,25 @@ from transformers import AutoConfig
 
 from conf.schema import Config
 from orchestration.data.chat import Chat, load_tokenizer
+from orchestration.data.dialogues import Dialogue
 from orchestration.data.source import Corpus, Source
 from orchestration.errors import RequestError
 from orchestration.metrics import Metrics
 from orchestration.run_directory import ROUND, RunDirectory, StageDirectory, sealed
 from orchestration.runtime.group import Runtime
 
+Grades = Callable[[Sequence[Dialogue], Sequence[str], Sequence[bool]], list[float]]
+"""(contexts, replies, whether each ended) -> a grade for each. Only measured by, never learned from or selected on."""
+
 
 class Shared:
     """What the stages of one run share: the data, loaded once, and the runtime, started when first needed."""
 
-    def __init__(self, config: Config, source: Source, connect: Callable[[Config], Runtime]) -> None:
-        self.config, self.source, self.connect = config, source, connect
+    def __init__(self, config: Config, source: Source, connect: Callable[[Config], Runtime], grades: Grades | None = None) -> None:
+        """Args:
+        grades: the exact grade, where the data have one; `recipe.py` hands it in, so that no training stage imports it.
+        """
+        self.config, self.source, self.connect, self.grades = config, source, connect, grades
         self.say: Callable[[str], None] = print
 
     @cached_property

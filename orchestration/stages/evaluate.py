@@ -17,12 +17,13 @@ import torch
 
 from actors.batch import Rollouts
 from actors.rollout import Sampling
+from conf.schema import Config
 from conf.sources import WorldData
 from orchestration import roles
 from orchestration.data.dialogues import Dialogue
 from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError
-from orchestration.stages.context import StageContext
+from orchestration.stages.context import Grades, StageContext
 from orchestration.stages.rewarding import Rewarding
 from orchestration.stages.sampling import Sampler
 
@@ -69,8 +70,9 @@ def run(context: StageContext) -> dict[str, Any]:
     finally:
         context.runtime.stop()
     figures = _figures(answers) | {"prompts": len(contexts), "prompts_shortened": shortened, "prompts_left_out": left_out}
-    if isinstance(config.data, WorldData):
-        figures |= _gold_figures(context, contexts, answers)
+    grades = exact_grades(config)
+    if grades:
+        figures |= _gold_figures(context, contexts, answers, grades)
     context.directory.export(lambda folder: _write_conversations(folder, contexts, answers))
     return figures
 
@@ -113,13 +115,17 @@ def _figures(answers: dict[str, Answers]) -> dict[str, float]:
     return found
 
 
-def _gold_figures(context: StageContext, contexts: Sequence[Dialogue], answers: dict[str, Answers]) -> dict[str, Any]:
+def exact_grades(config: Config) -> Grades | None:
+    """The exact grade of replies, where the data have one."""
+    if not isinstance(config.data, WorldData):
+        return None
     from orchestration.data.world.gold import grade
 
-    def golds(found: Answers) -> np.ndarray:
-        return np.array([grade(c, text, done) for c, text, done in zip(contexts, found.texts, found.finished, strict=True)])
+    return lambda contexts, replies, finished: [grade(*row) for row in zip(contexts, replies, finished, strict=True)]
 
-    gold = {name: golds(found) for name, found in answers.items()}
+
+def _gold_figures(context: StageContext, contexts: Sequence[Dialogue], answers: dict[str, Answers], grades: Grades) -> dict[str, Any]:
+    gold = {name: np.array(grades(contexts, found.texts, found.finished)) for name, found in answers.items()}
     won = wins(gold["ppo"], gold["sft"])
     greedy = wins(gold["ppo_greedy"], gold["sft_greedy"])
     interval = bootstrap_interval(won, context.config.evaluate.bootstrap, context.config.seed)

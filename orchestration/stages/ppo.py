@@ -6,6 +6,9 @@
                                              +-> (policy's own log-probs) -------+
     then policy.weights -> rollout.load_weights, and a commit every `commit.every` steps
 
+    watch    checks of each step's samples and of the first update, illnesses, the curve of the held-out judge
+    guard    above the KL budget: stop with the weights before, or go back to a commit and on with a higher beta
+
 The critic is there for `ppo.advantage=gae` alone.
 
 The driver passes references to pieces of a micro-batch's size; it never holds a tensor of them. What runs in parallel is whatever has
@@ -30,9 +33,13 @@ from orchestration.data.fitting import fitting_prompts
 from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
 from orchestration.roles import CriticGroup, PolicyGroup, Roles
+from orchestration.run_directory import ResumePoint
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.stages.context import StageContext
+from orchestration.stages.guarding import KLGuard
+from orchestration.stages.judging import Judge, demonstration_score, judge_prompts
 from orchestration.stages.rewarding import Rewarding, moments_of_scores
+from orchestration.stages.watching import Watch
 
 MEASURED_BLOCKS = 256
 """Blocks of held-out pretraining text that the SFT model and the result are measured on."""
@@ -42,13 +49,14 @@ def run(context: StageContext) -> dict[str, Any]:
     """Returns the last step's figures, and why the loop ended; with held-out text, both models' loss on it."""
     sft, rewarding = str(context.input("sft")), Rewarding(context)
     prompts, fitting, lost = _prompts(context)
+    judged_on = judge_prompts(context)
     checkpoints = {"policy": sft, "reference": sft, "reward": rewarding.checkpoint, "rollout": sft}
     checkpoints |= {"critic": rewarding.critic} if context.config.ppo.has_critic() else {}
     context.metrics.begin("ppo", context.config.ppo.steps)
     started = roles.start(context.runtime, context.config, checkpoints)
     try:
-        rewarding.prepare(started, fitting)
-        return Loop(context, started, prompts, _pretraining(context), _held_out_text(context)).run() | lost
+        rewarding.prepare(started, [*fitting, *judged_on])
+        return Loop(context, started, prompts, judged_on, _pretraining(context), _held_out_text(context)).run() | lost
     finally:
         context.runtime.stop()
 
@@ -60,6 +68,8 @@ class Loop:
     context: StageContext
     roles: Roles
     prompts: Prompts
+    judged_on: list[Dialogue]
+    """Held-out prompts that replies are sampled for during the run."""
     pretraining: Dialogues | None
     """Blocks of text for PPO-ptx."""
     held_out_text: Dialogues | None
@@ -69,35 +79,45 @@ class Loop:
         self.config, self.ppo, self.runtime = self.context.config, self.context.config.ppo, self.context.runtime
         kl = self.ppo.kl
         self.controller = KLController(kl.beta, kl.controller == "adaptive", kl.target, kl.horizon)
-        self.seen = Moments()  # of all scores so far
+        self.seen = self.seen_before = Moments()  # of all scores so far, and of those before this step's
         self.phases: dict[str, float] = {}
         self.together = math.lcm(*roles.rank_counts(self.config))
         self.learners: dict[str, PolicyGroup | CriticGroup] = {"policy": self.roles.policy}
         if self.ppo.has_critic():
             self.learners["critic"] = self.roles.critic
+        self.guard, self.watch = KLGuard(self.ppo), Watch(self.context)
+        self.judge = Judge(self.context, self.roles, self.together, self.judged_on, len(self.prompts))
 
     def run(self) -> dict[str, Any]:
         within: dict[str, float] = {}
         stopped_by = "steps"
-        for step in range(self.resume(), self.ppo.steps + 1):
+        step = start = self.resume()
+        zero = demonstration_score(self.context, self.roles, self.together) if self.config.checks != "off" else None
+        while True:
             began = time.perf_counter()
-            rollouts = self.sample(step)
-            experience, figures = self.score(rollouts, step)
-            if figures["kl"] > self.ppo.kl.budget:
-                self.runtime.wait(self.roles.policy.go_back(), what="the policy to go back within the KL budget")
-                stopped_by = "kl_budget"
-                break
+            experience, figures = self.score(self.sample(step), step)
+            checked = self.watch.sampled(step, figures, zero if step == start else None)
+            if self.guard.exceeded(figures["kl"]):
+                back = self.go_back(step, figures["kl"])
+                if back is None:
+                    stopped_by = "kl_budget"
+                    break
+                step = start = back
+                continue
             within = figures
+            judged = self.judged(step)
             if step == self.ppo.steps:  # the last weights are measured as well: what is exported is what is reported
                 break
+            if (step > start and step % self.config.commit.every == 0) or self.guard.needs_start(step):
+                self.commit(step)  # not before its samples were seen: what is committed is within the KL budget
             figures = figures | self.learn(experience, step)
             self.sync(step + 1)
-            self.record(step + 1, figures, time.perf_counter() - began)
-            if (step + 1) % self.config.commit.every == 0 and step + 1 < self.ppo.steps:
-                self.commit(step + 1)
+            checked |= self.watch.updated(figures)
+            step += 1
+            self.record(step, figures, judged | {"checks": checked}, time.perf_counter() - began)
         self.export()
         result: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
-        return result | {"stopped_by": stopped_by} | self.text_losses()
+        return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
 
     def sample(self, step: int) -> Pieces[Rollouts]:
         """This step's prompts and the replies to them, those to one prompt next to each other: so they reach the same rank."""
@@ -116,7 +136,7 @@ class Loop:
         values = self.roles.critic.values(rollouts) if self.ppo.has_critic() else self.runtime.put([])
         self.timed("reward", f"scores of PPO step {step + 1}", scores)
         batch, by_source = moments_of_scores(self.runtime, self.roles)
-        self.seen = self.seen.merged(batch)
+        self.seen_before, self.seen = self.seen, self.seen.merged(batch)
         so_far = self.seen if self.ppo.reward_normalise == "running" else None
         experience = self.roles.policy.experience(rollouts, scores, reference, values, self.controller.beta, so_far)
         self.timed("scoring", f"scores, log-probs and values of PPO step {step + 1}", scores, reference, values, experience)
@@ -130,7 +150,8 @@ class Loop:
 
     def learn(self, experience: Pieces[Experience], step: int) -> dict[str, float]:
         """Policy and critic learn from the experience, at the same time."""
-        updates = [self.roles.policy.update(experience, self.runtime.put(self.pretraining_of(step)), step)]
+        text = self.runtime.put(self.pretraining_of(step))
+        updates = [self.roles.policy.update(experience, text, step, self.guard.lr_scale())]
         if self.ppo.has_critic():
             updates.append(self.roles.critic.update(experience, step))
         self.timed("learning", f"{' and '.join(self.learners)} to learn in PPO step {step + 1}", *updates)
@@ -147,11 +168,26 @@ class Loop:
         self.runtime.wait(*pieces, what=what)
         self.phases[f"seconds_{phase}"] = time.perf_counter() - began
 
-    def record(self, step: int, figures: dict[str, float], seconds: float) -> None:
+    def judged(self, step: int) -> dict[str, Any]:
+        """The held-out judge's measurement of the weights of this step, when one is due."""
+        every = self.ppo.judge.every
+        self.phases.pop("seconds_judge", None)
+        if not every or (step % every and step != self.ppo.steps):
+            return {}
+        began = time.perf_counter()
+        found = {"judge": self.judge.measure(step)}
+        self.phases["seconds_judge"] = time.perf_counter() - began
+        if step == self.ppo.steps:  # no update follows, whose row it could be in
+            self.context.directory.append(self.watch.recorded({"step": step, **found}))
+        return found
+
+    def record(self, step: int, figures: dict[str, float], seen: dict[str, Any], seconds: float) -> None:
         """Write and show a finished step, and let beta follow its KL."""
         figures |= {"beta": self.controller.beta, "seconds": seconds, "tokens_per_second": figures["tokens"] / seconds} | self.phases
-        self.context.directory.append({"step": step, **figures})
-        self.context.metrics.record(step, figures)
+        row = self.watch.recorded({"step": step, **figures, **seen})
+        self.context.directory.append(row)
+        judge = {f"judge_{name}": value for name, value in seen.get("judge", {}).items()}
+        self.context.metrics.record(step, figures | judge | {"warnings": float(len(row.get("warnings", [])))})
         self.controller = self.controller.updated(figures["kl"], self.ppo.batch)
 
     def pretraining_of(self, step: int) -> list[Dialogues]:
@@ -191,11 +227,34 @@ class Loop:
                 f"{', '.join(f'placement.{name}.ranks' for name in self.learners)}: the commit of step {point.step} was made by "
                 f"{point.memory['ranks']} ranks, now there are {self.ranks()}; go on with as many, or start the stage again with from=ppo"
             )
+        self.guard.rollbacks = point.memory.get("rollbacks", [])
+        self.load(point, point.memory["beta"])
+        return point.step
+
+    def load(self, point: ResumePoint, beta: float) -> None:
+        """Learners and engines as they were at a commit."""
         loaded = [role.load_state(str(point.folder / name)) for name, role in self.learners.items()]
         self.runtime.wait(*loaded, what=f"{' and '.join(self.learners)} to load the commit of step {point.step}")
-        self.controller = replace(self.controller, beta=point.memory["beta"])
+        self.controller = replace(self.controller, beta=beta)
         self.seen = Moments(**point.memory["scores"])
+        self.watch.go_back(point.step)
         self.sync(point.step)
+
+    def go_back(self, step: int, kl: float) -> int | None:
+        """Within the KL budget again: None, to stop with the weights before these, or the step of a commit to go on from, more gently.
+
+        The higher beta is written into the commit, so that a run killed from here on goes on with it."""
+        point = self.guard.point_to_go_back_to(self.context.directory)
+        if point is None:
+            self.context.metrics.say(f"  [yellow]{self.guard.last_word(step, kl)}[/yellow]")
+            self.runtime.wait(self.roles.policy.go_back(), what="the policy to go back within the KL budget")
+            return None
+        beta = self.controller.beta * self.ppo.guard.beta_factor
+        self.guard.rollbacks.append({"from": step, "to": point.step, "kl": kl, "beta": beta})
+        self.context.metrics.say(f"  [yellow]{self.guard.sentence()}[/yellow]")
+        self.context.directory.seal_state(point.step, self.memory(beta, Moments(**point.memory["scores"])))
+        self.context.directory.forget_after(point.step)
+        self.load(point, beta)
         return point.step
 
     def ranks(self) -> list[int]:
@@ -207,7 +266,10 @@ class Loop:
         folder = self.context.directory.begin_state(step)
         saved = [role.save_state(str(folder / name)) for name, role in self.learners.items()]
         self.runtime.wait(*saved, what=f"the commit of PPO step {step}")
-        self.context.directory.seal_state(step, {"beta": self.controller.beta, "ranks": self.ranks(), "scores": asdict(self.seen)})
+        self.context.directory.seal_state(step, self.memory(self.controller.beta, self.seen_before))
+
+    def memory(self, beta: float, scores: Moments) -> dict[str, Any]:
+        return {"beta": beta, "ranks": self.ranks(), "rollbacks": self.guard.rollbacks, "scores": asdict(scores)}
 
     def export(self) -> None:
         """The policy in Hugging Face form, with its tokenizer and template."""

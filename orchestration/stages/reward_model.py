@@ -15,17 +15,13 @@ from actors.preference_task import PreferenceTask
 from conf.schema import Config
 from orchestration.data import baselines, comparisons
 from orchestration.data.chat import Chat
-from orchestration.data.dialogues import Dialogue
-from orchestration.data.fitting import Fitted, fitting_comparisons, fitting_dialogues, fitting_judgements
+from orchestration.data.fitting import Fitted, fitting_comparisons, fitting_demonstrations, fitting_judgements
 from orchestration.data.preferences import Comparison, Judgement
 from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
 from orchestration.stages.start import context_length, starting_chat, starting_model
-
-DEMONSTRATIONS = 256
-"""Demonstrations whose mean score sets the reward's zero."""
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -42,7 +38,8 @@ def run(context: StageContext) -> dict[str, float]:
             f"placement.train.ranks={config.placement.train.ranks}: there are only {len(kept)} comparisons or judgements to learn from; "
             + _more(config)
         )
-    shown = fitting_demonstrations(context.corpus.demonstrations, chat, longest=max(int(rows.lengths.max()), 64))
+    longest_shown = max(int(rows.lengths.max()), 64)
+    shown = fitting_demonstrations(context.corpus.demonstrations, chat, longest_shown)
     steps = min(config.reward_model.steps, config.reward_model.epochs * max(len(kept) // config.reward_model.batch, 1))
     settings = dataclasses.replace(config, reward_model=dataclasses.replace(config.reward_model, steps=steps))
     task = PreferenceTask(settings, str(start), of_groups(rows, kept), of_groups(rows, apart), tests, chat.dialogues(shown), ranked)
@@ -52,7 +49,7 @@ def run(context: StageContext) -> dict[str, float]:
     context.directory.extend(chat.save)
     if config.reward_model.start == "model":
         shutil.rmtree(start)
-    return result | simple
+    return result | simple | ({"demonstrations_up_to": longest_shown} if ranked else {})
 
 
 def _more(config: Config) -> str:
@@ -121,9 +118,3 @@ def of_groups(rows: Comparisons, groups: list[int]) -> Comparisons:
     """The rows of the named groups."""
     wanted = set(groups)
     return rows.select([i for i, group in enumerate(rows.group.tolist()) if group in wanted])
-
-
-def fitting_demonstrations(demonstrations: list[Dialogue], chat: Chat, longest: int) -> list[Dialogue]:
-    """A fixed sample of demonstrations for the reward's zero, each up to its last assistant turn, not longer than what is compared."""
-    cut = [d.before(turns[-1] + 1) for d in demonstrations[: 4 * DEMONSTRATIONS] if (turns := d.assistant_turns())]
-    return (fitting_dialogues(cut, chat, longest).kept or cut)[:DEMONSTRATIONS]

@@ -8,22 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from actors.batch import Rollouts
-from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
 from actors.rollout import Rollout
 from conf.ppo import PPO
 from orchestration import config as configuration
-from orchestration.data.chat import Chat, learn_tokenizer
-from orchestration.data.source import open_source
-from orchestration.data.world import scenarios
-from orchestration.metrics import Metrics
-from orchestration.roles import connect
-from orchestration.run_directory import RunDirectory, read_records
 from orchestration.runtime.local import LocalRuntime
-from orchestration.stages import ppo
-from orchestration.stages.context import Shared, StageContext
+from tests import tiny_ppo
 
 REWARDS = "[{kind: model}, {kind: function, function: 'tests.fakes:brief', weight: 0.1}]"
 BASE = {
@@ -31,6 +22,7 @@ BASE = {
     "epochs": 1, "lr": 1e-2, "critic_lr": 1e-2, "warmup": 0,
     "kl.controller": "adaptive", "kl.beta": 0.1, "kl.target": 0.01, "kl.horizon": 100.0, "kl.budget": 1e6,
     "dual_clip": "null", "entropy": 0.0, "old_logprobs": "behaviour", "engine_gap_limit": 0.01, "importance_cap": "null",
+    "guard.action": "stop", "guard.beta_factor": 2.0, "guard.lr_factor": 0.5, "guard.times": 1, "judge.every": 0, "judge.prompts": 4,
     "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "whiten": True, "rewards": "[]", "reward_normalise": "none",
     "reward_clip": 10.0, "missing_end_penalty": 1.0,
     "temperature": 1.0, "max_new_tokens": 8, "ptx": 0.5, "ptx_batch": 4, "weight_decay": 0.0, "adam_epsilon": 1e-5, "max_grad_norm": 1.0,
@@ -40,24 +32,23 @@ FLIPPED = {
     "epochs": 2, "lr": 1e-3, "critic_lr": 1e-3, "warmup": 3,
     "kl.controller": "fixed", "kl.beta": 0.5, "kl.target": 100.0, "kl.horizon": 1000.0, "kl.budget": 1e-9,
     "dual_clip": 1.21, "entropy": 0.1, "old_logprobs": "trainer", "engine_gap_limit": 1e-12, "importance_cap": 0.5,
+    "guard.action": "rollback", "guard.beta_factor": 4.0, "guard.lr_factor": 0.1, "guard.times": 2, "judge.every": 2, "judge.prompts": 2,
     "gamma": 0.5, "lam": 0.1, "clip": 1e-3, "value_clip": 1e-3, "whiten": False, "rewards": REWARDS, "reward_normalise": "running",
     "reward_clip": 1e-3, "missing_end_penalty": 0.0,
     "temperature": 0.5, "max_new_tokens": 4, "ptx": 0.0, "ptx_batch": 2, "weight_decay": 0.5, "adam_epsilon": 1e-2, "max_grad_norm": 1e-3,
 }  # fmt: skip
 
+RUNAWAY = {"kl.budget": 1e-3, "guard.action": "rollback"}
+ALONG = {"guard.action": {"kl.budget": 1e-3}, "judge.prompts": {"judge.every": 1}} | {
+    f"guard.{name}": RUNAWAY for name in ("beta_factor", "lr_factor", "times")
+}
+"""What a setting needs beside it to count: the guard a KL above the budget, the judge's prompts a judge."""
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny policy and reward model to start from."""
-    folder = tmp_path_factory.mktemp("start")
-    scale = configuration.load(["experiment=smoke", f"run_dir={folder}"]).scale
-    chat = Chat(learn_tokenizer(scenarios.demonstrations(200, 0, configuration.load(["experiment=smoke"]).data.flaws), scale.vocabulary))
-    new_causal_lm(scale, len(chat.tokenizer), 0, 0.0, chat.end, chat.pad).save_pretrained(folder / "lm")
-    chat.save(folder / "lm")
-    (folder / "rm").mkdir()
-    reward = ScalarModel(load_causal_lm(str(folder / "lm")).base_model, seed=1)
-    save_model(reward, reward.state_dict(), folder / "rm")
-    return folder
+    return tiny_ppo.prepared(tmp_path_factory.mktemp("start"))
 
 
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
@@ -66,16 +57,8 @@ Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 def outcome(start: Path, folder: Path, changed: dict[str, Any], *more: str) -> Outcome:
     """Figures of every step but the times, and the weights at the end."""
     words = [f"ppo.{name}={value}" for name, value in (BASE | changed).items()]
-    config = configuration.load(
-        ["experiment=smoke", "runtime=local", "stage=ppo", "data.demonstrations=64", "data.prompts=64", "logging.progress=false",
-         f"run_dir={folder}", f"policy_checkpoint={start / 'lm'}", f"reward_checkpoint={start / 'rm'}", *words, *more]
-    )  # fmt: skip
-    run = RunDirectory(folder, 1)
-    context = StageContext("ppo", config, run, Metrics(config), Shared(config, open_source(config), connect))
-    ppo.run(context)
-    records = read_records(folder / "round_01/ppo/metrics.jsonl")
-    figures = [{k: v for k, v in record.items() if "seconds" not in k and "per_second" not in k} for record in records]
-    return figures, load_file(folder / "round_01/ppo/checkpoint/model.safetensors")
+    _, figures, weights = tiny_ppo.run(tiny_ppo.context(start, folder, *words, *more))
+    return figures, weights
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +81,9 @@ def test_the_same_settings_give_the_same_result_bit_by_bit(start: Path, unchange
 
 @pytest.mark.parametrize("name", FLIPPED)
 def test_flipping_changes_a_figure_or_a_weight(name: str, start: Path, unchanged: tuple, tmp_path: Path) -> None:
-    assert not same(unchanged, outcome(start, tmp_path, {name: FLIPPED[name]}))
+    along = ALONG.get(name, {})
+    before = outcome(start, tmp_path / "before", along) if along else unchanged
+    assert not same(before, outcome(start, tmp_path / "after", along | {name: FLIPPED[name]}))
 
 
 WITHOUT_CRITIC = {
