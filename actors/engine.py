@@ -116,10 +116,11 @@ class Engine:
 
     @torch.no_grad()
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Replace all weights of a model that will not be trained further (optimizer state is left as it is)."""
+        """Replace the named weights (optimizer state is left as it is, so these are not trained further)."""
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with self._whole(parameter):
-                parameter.copy_(weights[name])
+            if name in weights:
+                with self._whole(parameter):
+                    parameter.copy_(weights[name])
 
     @torch.no_grad()
     def shift_bias(self, name: str, by: float) -> None:

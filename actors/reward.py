@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from actors.batch import Rollouts
-from actors.models import at_last
-from actors.worker import Worker, make_engine, scalar_model
+from actors.reward_network import load_reward_model, score
+from actors.worker import Worker, make_engine
 
 
 class Reward(Worker):
     """One rank of the reward model."""
 
     def load(self) -> None:
-        self.engine = make_engine(self.config, scalar_model(self.checkpoint, self.config.seed), None)
+        self.engine = make_engine(self.config, load_reward_model(self.checkpoint, self.config.seed), None)
 
     @torch.no_grad()
     def score(self, pieces: list[Rollouts]) -> list[Tensor]:
-        """[B] for each piece: the score of the whole reply, read at its last token."""
-        device = self.engine.device
-        return [at_last(self.engine(piece.tokens.to(device)), piece.lengths.to(device)).cpu() for piece in pieces]
+        """[B] for each piece: the score of the whole reply, read as the network was trained to."""
+        device, module = self.engine.device, self.engine.module
+        return [
+            score(self.engine, piece.tokens.to(device), piece.lengths.to(device), piece.mask.to(device), module).cpu() for piece in pieces
+        ]
