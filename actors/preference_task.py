@@ -17,7 +17,7 @@ from actors.algorithms.preference import pairwise_correct, pointwise_loss, ranki
 from actors.batch import Batch, Comparisons
 from actors.engine import Engine
 from actors.models import load_causal_lm, load_scalar_model
-from actors.reward_network import FeatureModel, score
+from actors.reward_network import FeatureModel, scaled, score, statistics, widths
 from conf.schema import Config, RewardModel
 
 SCORES_FILE = "heldout_scores.json"
@@ -29,14 +29,16 @@ class Fit:
 
     mean: Tensor
     spread: Tensor
+    groups: dict[str, int]
+    """Width of each group of features."""
     head: Tensor | None = None
-    """[F + 1]: weights of the standardised features, and the bias; None: not fitted."""
+    """[F + 1]: weights of the scaled features, and the bias; None: not fitted."""
     figures: dict[str, float] = field(default_factory=dict)
 
     def scores(self, features: Tensor) -> Tensor:
         """[N, F] -> [N]."""
         assert self.head is not None
-        return apply((features - self.mean) / self.spread, self.head)
+        return apply(scaled(features, self.mean, self.spread, self.groups), self.head)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class PreferenceTask:
         fits = self.settings.train == "head"
         rows = Comparisons.join([self.rows, self.validation]) if fits else self.rows  # cross-validation needs no rows kept apart
         features = self.features_of(engine, rows)
-        found = fitted(features, rows, self) if fits else Fit(*standard(features))
+        groups = widths(model.lm.config, model.features)
+        found = fitted(features, rows, groups, self) if fits else Fit(*statistics(features, groups), groups)
         model.mean.copy_(found.mean)
         model.spread.copy_(found.spread)
         if found.head is not None:
@@ -171,23 +174,18 @@ class PreferenceTask:
         return found | {"zero": zero, "demonstration_score": after}, {SCORES_FILE: json.dumps(scores)}
 
 
-def standard(features: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, F] -> mean and standard deviation of each feature; one that never changes is left as it is."""
-    spread = features.std(dim=0, correction=0)
-    return features.mean(dim=0), torch.where(spread > 1e-6, spread, torch.ones_like(spread))
-
-
-def fitted(features: Tensor, rows: Comparisons, task: PreferenceTask) -> Fit:
+def fitted(features: Tensor, rows: Comparisons, groups: dict[str, int], task: PreferenceTask) -> Fit:
     """The head that is best for these rows, with the L2 penalty that cross-validation over their groups chooses.
 
     Args:
         features: [N, F] of the rows.
+        groups: width of each group of features.
     """
-    mean, spread = standard(features)
-    standardised, loss = (features - mean) / spread, task.mean_loss(rows)
-    penalty, expected = chosen_penalty(standardised, rows.group, loss, task.config.seed)
-    head = fit_linear(standardised, torch.arange(len(rows)), loss, penalty)
-    return Fit(mean, spread, head, {"penalty": penalty, "cross_validated_loss": expected})
+    mean, spread = statistics(features, groups)
+    inputs, loss = scaled(features, mean, spread, groups), task.mean_loss(rows)
+    penalty, expected = chosen_penalty(inputs, rows.group, loss, task.config.seed)
+    head = fit_linear(inputs, torch.arange(len(rows)), loss, penalty)
+    return Fit(mean, spread, groups, head, {"penalty": penalty, "cross_validated_loss": expected})
 
 
 def auc(scores: Tensor, label: Tensor) -> float:

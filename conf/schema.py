@@ -186,9 +186,10 @@ class RewardModel(Learning):
 
     start: Literal["sft", "model"]
     """`sft`: the SFT model. `model`: what `model` names, or random weights and a tokenizer learned from the data; needs no SFT stage."""
-    features: Annotated[tuple[Literal["last", "reply", "context", "likelihood"], ...], MinLen(1)]
-    """What the score is a linear function of. `last`: the state after the last token (InstructGPT). With anything else, all layers' states:
-    `last`, and means over the `reply` and over the `context`; and `likelihood`: the reply's log-probs under the language model."""
+    features: Annotated[tuple[Literal["last", "reply", "context", "likelihood", "tokens"], ...], MinLen(1)]
+    """What the score is a linear function of. `last` alone, trained whole: the state after the last token (InstructGPT). Otherwise groups
+    that weigh the same: all layers' states after the `last` token, and means of them over the `reply` and over the `context`; `likelihood`:
+    what the language model thinks of the reply's tokens; `tokens`: which tokens, and pairs of tokens, stand in reply and context."""
     train: Literal["all", "head"]
     """`all`: the whole network, by gradient descent with early stopping. `head`: the language model stays as it is and the head is fitted
     to its optimum, its L2 penalty chosen by cross-validation; best when judgements are few (BENCHMARKS.md)."""

@@ -31,6 +31,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
 from actors.preference_task import PreferenceTask, fitted
+from actors.reward_network import widths
 from actors.trainer import train
 from actors.worker import make_engine, process_group_of_one
 from orchestration import cli, config
@@ -89,13 +90,15 @@ def taskmaster(data: str, run_dir: str, overrides: list[str]) -> dict[str, tuple
     judged = fitting_judgements([*corpus.judgements, *corpus.held_out_judgements], chat, settings.scale.context).kept
     rows = comparisons.encode_judgements(chat, judged)
     task = PreferenceTask(settings, folder, rows, rows, rows, rows, ranked=False)
-    features = task.features_of(make_engine(settings, task.module(), None), rows)  # the language model stays as it is: once is enough
+    engine = make_engine(settings, task.module(), None)
+    features = task.features_of(engine, rows)  # the language model stays as it is, whatever the fold
+    groups = widths(engine.module.lm.config, settings.reward_model.features)
     good = np.array([j.good for j in judged])
 
     def measure(fold: Fold) -> tuple[float, float]:
         learn, test = fold
         seen = rows.select(learn.tolist())
-        ours = fitted(features[learn], seen, dataclasses.replace(task, rows=seen)).scores(features[test])
+        ours = fitted(features[learn], seen, groups, dataclasses.replace(task, rows=seen)).scores(features[test])
         theirs = baselines.tfidf_judgement_scores([judged[i] for i in learn], [judged[i] for i in test])
         return float(roc_auc_score(good[test], ours)), float(roc_auc_score(good[test], theirs))
 
