@@ -67,10 +67,13 @@ class LanguageTask:
         """Nats per learned token, every rank on the whole set (so that ZeRO-3 ranks stay in step)."""
         return {"loss": self._total_loss(engine, self.validation) / int(self.validation.mask.sum())}
 
-    def finish(self, engine: Engine) -> dict[str, float]:
+    def prepare(self, engine: Engine) -> dict[str, float]:
+        return {}
+
+    def finish(self, engine: Engine) -> tuple[dict[str, float], dict[str, str]]:
         total = self._total_loss(engine, self.held_out)
         per_token = total / int(self.held_out.mask.sum())
-        return {"heldout_nats_per_token": per_token, f"heldout_nats_per_{self.unit}": total / self.held_out_size}
+        return {"heldout_nats_per_token": per_token, f"heldout_nats_per_{self.unit}": total / self.held_out_size}, {}
 
     @torch.no_grad()
     def _total_loss(self, engine: Engine, rows: Dialogues) -> float:

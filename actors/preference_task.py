@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +13,33 @@ from torch import Tensor
 
 from actors import lora
 from actors.algorithms import calibration
+from actors.algorithms.linear import Loss, apply, chosen_penalty, fit_linear
 from actors.algorithms.preference import pairwise_correct, pointwise_loss, ranking_loss
-from actors.batch import Batch, Comparisons, Dialogues
+from actors.batch import Batch, Comparisons
 from actors.engine import Engine
-from actors.models import at_last
-from actors.worker import scalar_model
+from actors.models import load_causal_lm, load_scalar_model
+from actors.reward_network import FeatureModel, scaled, score, statistics, widths
 from conf.schema import Config, RewardModel
+
+SCORES_FILE = "heldout_scores.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a linear head reads features."""
+
+    mean: Tensor
+    spread: Tensor
+    groups: dict[str, int]
+    """Width of each group of features."""
+    head: Tensor | None = None
+    """[F + 1]: weights of the scaled features, and the bias; None: not fitted."""
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """[N, F] -> [N]."""
+        assert self.head is not None
+        return apply(scaled(features, self.mean, self.spread, self.groups), self.head)
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,8 @@ class PreferenceTask:
     """Decides on early stopping."""
     held_out: Comparisons
     """Only measured."""
-    demonstrations: Dialogues
+    demonstrations: Comparisons
+    """Only their scores count; labels and groups mean nothing."""
     ranked: bool
     """True: labels are ranks within groups. False: labels are judgements, 1 or 0."""
 
@@ -40,7 +63,53 @@ class PreferenceTask:
         return self.config.reward_model
 
     def module(self) -> torch.nn.Module:
-        return lora.adapted(self.config, "reward_model", scalar_model(self.checkpoint, self.config.seed))
+        if self.settings.features == ("last",) and self.settings.train == "all":
+            return lora.adapted(self.config, "reward_model", load_scalar_model(self.checkpoint, self.config.seed))
+        model = FeatureModel(load_causal_lm(self.checkpoint), self.settings.features)
+        if self.settings.train == "all":
+            return lora.adapted(self.config, "reward_model", model)
+        model.lm.requires_grad_(False)
+        return model
+
+    def prepare(self, engine: Engine) -> dict[str, float]:
+        """Standardise a feature model's features over the training rows; with `train=head`, fit the head to its optimum as well."""
+        model = engine.module
+        if not isinstance(model, FeatureModel):
+            return {}
+        fits = self.settings.train == "head"
+        rows = Comparisons.join([self.rows, self.validation]) if fits else self.rows  # cross-validation needs no rows kept apart
+        features = self.features_of(engine, rows)
+        groups = widths(model.lm.config, model.features)
+        found = fitted(features, rows, groups, self) if fits else Fit(*statistics(features, groups), groups)
+        model.mean.copy_(found.mean)
+        model.spread.copy_(found.spread)
+        if found.head is not None:
+            engine.set_weights({"head.weight": found.head[None, :-1], "head.bias": found.head[-1:]})
+        return found.figures
+
+    def mean_loss(self, rows: Comparisons) -> Loss:
+        """The loss of scores of some of `rows`."""
+        if not self.ranked:
+            return lambda scores, i: pointwise_loss(scores, rows.label[i], self._positive_weight(), float(len(i)))
+        return lambda scores, i: ranking_loss(
+            scores, rows.group[i], rows.label[i], float(len(torch.unique(rows.group[i]))), self.settings.margin
+        )
+
+    def features_of(self, engine: Engine, rows: Comparisons) -> Tensor:
+        """[N, F] on the CPU, in the rows' own order."""
+        return self._on_all(engine, rows, lambda part: engine(part.tokens, part.lengths, part.mask, read=True))
+
+    def _on_all(self, engine: Engine, rows: Comparisons, read: Callable[[Comparisons], Tensor]) -> Tensor:
+        """What `read` gives for every row, without gradients; every rank on the whole set, so that ZeRO-3 ranks stay in step."""
+        order = rows.lengths.argsort(stable=True)
+        found: Tensor | None = None
+        with torch.no_grad():
+            for index in order.split(4 * self.config.engine.micro_batch):
+                got = read(rows.select(index).trimmed().to(engine.device)).float().cpu()
+                found = torch.zeros(len(rows), *got.shape[1:]) if found is None else found
+                found[index] = got
+        assert found is not None
+        return found
 
     def batch(self, step: int, rank: int, ranks: int) -> Batch:
         """All answers of this rank's share of the step's prompts (rankings) or of its judged replies."""
@@ -66,17 +135,13 @@ class PreferenceTask:
         good = float(self.rows.label.sum())
         return max(len(self.rows) - good, 1.0) / max(good, 1.0)
 
-    def _scores(self, engine: Engine, rows: Comparisons | Dialogues) -> Tensor:
-        return at_last(engine(rows.tokens.to(engine.device)), rows.lengths.to(engine.device))
+    def _scores(self, engine: Engine, rows: Comparisons) -> Tensor:
+        device = engine.device
+        return score(engine, rows.tokens.to(device), rows.lengths.to(device), rows.mask.to(device), engine.module)
 
-    def scores_of(self, engine: Engine, rows: Comparisons | Dialogues) -> Tensor:
+    def scores_of(self, engine: Engine, rows: Comparisons) -> Tensor:
         """[N] on the CPU, in the rows' own order, without gradients."""
-        found = torch.zeros(len(rows))
-        order = rows.lengths.argsort(stable=True)
-        with torch.no_grad():
-            for index in order.split(4 * self.config.engine.micro_batch):
-                found[index] = self._scores(engine, rows.select(index).trimmed()).float().cpu()
-        return found
+        return self._on_all(engine, rows, lambda part: self._scores(engine, part))
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         return self._measure(engine, self.validation)
@@ -99,13 +164,35 @@ class PreferenceTask:
         probability = torch.sigmoid(scores - math.log(self._positive_weight()))
         return {"calibration_error": calibration.calibration_error(probability, rows.label)}
 
-    def finish(self, engine: Engine) -> dict[str, float]:
-        """Set the head's bias so that demonstrations score 0 on average (InstructGPT 2203.02155, 3.5), and measure."""
-        mean = float(self.scores_of(engine, self.demonstrations).mean())
-        if self.ranked:  # judgements are logits of a probability: moving them would lose their meaning
-            engine.shift_bias("head.bias", -mean)
+    def finish(self, engine: Engine) -> tuple[dict[str, float], dict[str, str]]:
+        """Measure, and set the head's bias so that demonstrations score 0 on average (InstructGPT 2203.02155, 3.5).
+
+        Calibration is that of the scores before: a judgement's score is the logit of a probability until its zero is moved. The held-out
+        rows' scores are left in a file, in the rows' order, so that models can be compared row by row."""
         found = {f"heldout_{name}": value for name, value in (self._measure(engine, self.held_out) | self._reliability(engine)).items()}
-        return found | {"demonstration_score": float(self.scores_of(engine, self.demonstrations).mean())}
+        zero = float(self.scores_of(engine, self.demonstrations).mean())
+        engine.shift_bias("head.bias", -zero)
+        scores = [round(score, 6) for score in self.scores_of(engine, self.held_out).tolist()]
+        after = float(self.scores_of(engine, self.demonstrations).mean())
+        return found | {"zero": zero, "demonstration_score": after}, {SCORES_FILE: json.dumps(scores)}
+
+
+def fitted(features: Tensor, rows: Comparisons, groups: dict[str, int], task: PreferenceTask) -> Fit:
+    """The head that is best for these rows, with the L2 penalty that cross-validation over their groups chooses.
+
+    Args:
+        features: [N, F] of the rows.
+        groups: width of each group of features.
+    """
+    mean, spread = statistics(features, groups)
+    inputs, loss = scaled(features, mean, spread, groups), task.mean_loss(rows)
+    used = (inputs != 0).any(dim=0)  # most n-grams occur nowhere, and the weight of those is 0
+    inputs = inputs[:, used]
+    penalty, expected = chosen_penalty(inputs, rows.group, loss, task.config.seed)
+    found = fit_linear(inputs, torch.arange(len(rows)), loss, penalty)
+    head = torch.zeros(len(used) + 1)
+    head[:-1][used], head[-1] = found[:-1], found[-1]
+    return Fit(mean, spread, groups, head, {"penalty": penalty, "cross_validated_loss": expected})
 
 
 def auc(scores: Tensor, label: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from actors.batch import Batch
 from actors.engine import Engine, Optimizer
 from actors.learning import optimizer_step
-from actors.models import save_model
+from actors.reward_network import save_network
 from actors.worker import make_engine
 from conf.schema import SFT, Config, Pretrain, RewardModel
 
@@ -53,6 +53,9 @@ class Task(Protocol):
 
     def module(self) -> torch.nn.Module: ...
 
+    def prepare(self, engine: Engine) -> dict[str, float]:
+        """What is done once before the first step, with its figures; not repeated when a run goes on from a commit."""
+
     def batch(self, step: int, rank: int, ranks: int) -> Batch:
         """This rank's share of the step's rows."""
 
@@ -62,8 +65,8 @@ class Task(Protocol):
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """Held-out figures; `loss` decides which weights are best."""
 
-    def finish(self, engine: Engine) -> dict[str, float]:
-        """Last changes to the best weights, and figures of the result."""
+    def finish(self, engine: Engine) -> tuple[dict[str, float], dict[str, str]]:
+        """Last changes to the best weights; figures of the result, and texts to leave beside the weights by file name."""
 
 
 @dataclass
@@ -89,6 +92,7 @@ def train(config: Config, task: Task, session: Session) -> dict[str, float]:
     s = task.settings
     engine = make_engine(config, task.module(), Optimizer(s.lr, s.weight_decay, s.max_grad_norm))
     progress, best, start = _resumed(engine, session)
+    prepared = task.prepare(engine) if start == 0 else {}
     for step in range(start, s.steps):
         if progress.stopped:
             break
@@ -102,10 +106,16 @@ def train(config: Config, task: Task, session: Session) -> dict[str, float]:
         if (step + 1) % config.commit.every == 0 and not last:
             session.commit(step + 1, _saver(engine, best, session.rank), dict(vars(progress)))
     _restore(engine, best)
-    result = task.finish(engine) | {"steps": float(progress.best_step)}
+    figures, texts = task.finish(engine)
     weights = engine.weights()
-    session.export(lambda folder: save_model(engine.module, weights, folder))
-    return result
+
+    def save(folder: Path) -> None:
+        save_network(engine.module, weights, folder)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    session.export(save)
+    return prepared | figures | {"steps": float(progress.best_step)}
 
 
 def _step(config: Config, task: Task, engine: Engine, session: Session, step: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import Field
 
 from conf.ppo import PPO
@@ -208,6 +208,13 @@ class RewardModel(Learning):
 
     start: Literal["sft", "model"]
     """`sft`: the SFT model. `model`: what `model` names, or random weights and a tokenizer learned from the data; needs no SFT stage."""
+    features: Annotated[tuple[Literal["last", "reply", "context", "likelihood", "tokens"], ...], MinLen(1)]
+    """What the score is a linear function of. `last` alone, trained whole: the state after the last token (InstructGPT). Otherwise groups
+    that weigh the same: all layers' states after the `last` token, and means of them over the `reply` and over the `context`; `likelihood`:
+    what the language model thinks of the reply's tokens; `tokens`: which n-grams stand in the reply, the context, and the reply alone."""
+    train: Literal["all", "head"]
+    """`all`: the whole network, by gradient descent with early stopping. `head`: the language model stays as it is and the head is fitted
+    to its optimum, its L2 penalty chosen by cross-validation; best when judgements are few (BENCHMARKS.md)."""
     steps: Count
     """Optimizer steps at most."""
     epochs: Count

@@ -304,6 +304,8 @@ def _adapters(config: Config) -> Iterable[str]:
         yield f"lora.roles: stage sft {why}; set model.path or pretrain.steps, or leave sft out of lora.roles"
     if config.lora.trains("reward_model") and random and config.reward_model.start == "model":
         yield f"lora.roles: stage reward_model {why}; set model.path or reward_model.start=sft, or leave reward_model out of lora.roles"
+    if config.lora.trains("reward_model") and config.reward_model.train == "head":
+        yield "lora.roles: reward_model.train=head trains none of the layers that have adapters; leave reward_model out of lora.roles"
     if config.lora.rank and not config.lora.roles:
         yield f"lora.rank={config.lora.rank}: lora.roles=[] names no model to train by adapters; name some, or set lora.rank=0"
 

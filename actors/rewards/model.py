@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from actors.batch import pad_rows
 from actors.models import HEAD_FILE, ScalarModel
+from actors.reward_network import FEATURE_HEAD_FILE, FeatureModel, load_reward_model
 from actors.rewards.source import RewardError, Rows
-from actors.worker import make_engine, scalar_model
+from actors.worker import make_engine
 from conf.schema import Config
 
 
@@ -26,7 +27,7 @@ def kind_of(path: str, setting: str) -> Literal["scalar", "classifier"]:
     Raises:
         RewardError: neither; names `setting`.
     """
-    if (Path(path) / HEAD_FILE).exists():
+    if any((Path(path) / name).exists() for name in (HEAD_FILE, FEATURE_HEAD_FILE)):
         return "scalar"
     try:
         shape = AutoConfig.from_pretrained(path)
@@ -43,14 +44,16 @@ def kind_of(path: str, setting: str) -> Literal["scalar", "classifier"]:
 
 
 class Scorer(nn.Module):
-    """Either kind, with the same forward."""
+    """Any kind, with the same forward."""
 
-    def __init__(self, model: ScalarModel | PreTrainedModel) -> None:
+    def __init__(self, model: ScalarModel | FeatureModel | PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """[B, T] tokens padded on the right, [B] lengths -> [B] float32."""
+    def forward(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        """[B, T] tokens padded on the right, [B] lengths, [B, T] where the reply is -> [B] float32."""
+        if isinstance(self.model, FeatureModel):
+            return self.model(tokens, lengths, mask)
         if isinstance(self.model, ScalarModel):
             return self.model.scores(tokens, lengths)
         pad = self.model.config.pad_token_id
@@ -64,7 +67,7 @@ class Scorer(nn.Module):
 def load_scorer(path: str, setting: str, seed: int) -> Scorer:
     """The model in float32."""
     if kind_of(path, setting) == "scalar":
-        return Scorer(scalar_model(path, seed))
+        return Scorer(load_reward_model(path, seed))
     return Scorer(AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32))
 
 
@@ -77,19 +80,23 @@ class ModelSource:
 
     @torch.no_grad()
     def score(self, rows: Rows) -> Tensor:
-        """Read at the last token, in the pieces that the rows came in."""
+        """Read as the model was trained to, in the pieces that the rows came in."""
         device = self.engine.device
-        batches = self._encoded(rows) or [(piece.tokens, piece.lengths) for piece in rows.pieces]
-        return torch.cat([self.engine(tokens.to(device), lengths.to(device)).cpu() for tokens, lengths in batches])
+        batches = self._encoded(rows) or [(piece.tokens, piece.lengths, piece.mask) for piece in rows.pieces]
+        return torch.cat([self.engine(*(part.to(device) for part in batch)).cpu() for batch in batches])
 
-    def _encoded(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+    def _encoded(self, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The rows in this model's own tokens, in pieces of the same sizes; none when it shares the policy's."""
         encoder = rows.known.encoders.get(self.name) if rows.known else None
         if encoder is None:
             return []
-        ids = encoder.encode(rows.contexts, rows.replies, rows.finished)
+        encoded = encoder.encode(rows.contexts, rows.replies, rows.finished)
         found, start = [], 0
         for piece in rows.pieces:
-            found.append(pad_rows(ids[start : start + len(piece)]))
+            part = encoded[start : start + len(piece)]
+            tokens, lengths = pad_rows([ids for ids, _ in part])
+            first = (lengths - torch.tensor([count for _, count in part]))[:, None]
+            places = torch.arange(tokens.shape[1])[None, :]
+            found.append((tokens, lengths, (places >= first) & (places < lengths[:, None])))
             start += len(piece)
         return found

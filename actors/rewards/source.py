@@ -31,7 +31,7 @@ class Decoder(Protocol):
 class Encoder(Protocol):
     """A reward model's own tokenizer and chat template."""
 
-    def encode(self, contexts: Sequence[Messages], replies: Sequence[str], finished: Sequence[bool]) -> list[list[int]]: ...
+    def encode(self, contexts: Sequence[Messages], replies: Sequence[str], finished: Sequence[bool]) -> list[tuple[list[int], int]]: ...
 
 
 @dataclass(frozen=True)

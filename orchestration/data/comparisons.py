@@ -10,11 +10,14 @@ import torch
 
 from actors.batch import Comparisons, pad_rows
 from orchestration.data.chat import Chat
-from orchestration.data.dialogues import from_list
+from orchestration.data.dialogues import Dialogue, from_list
 from orchestration.data.preferences import Comparison, Judgement
 
 TRAIN_FILE, HELD_OUT_FILE = "comparisons.jsonl", "heldout.jsonl"
 """What the stage `compare` leaves, and `reward_model` learns from."""
+
+DEMONSTRATIONS = 256
+"""Demonstrations whose mean score sets the reward model's zero."""
 
 
 def write(path: Path, comparisons: Sequence[Comparison]) -> None:
@@ -60,6 +63,15 @@ def encode_rankings(chat: Chat, comparisons: Sequence[Comparison]) -> Comparison
 def encode_judgements(chat: Chat, judgements: Sequence[Judgement]) -> Comparisons:
     """Each judged reply as a group of its own."""
     return _batch([(*_answer(chat, chat.prompt(j.context), j.reply, True), n, float(j.good)) for n, j in enumerate(judgements)])
+
+
+def demonstrated(demonstrations: Sequence[Dialogue], chat: Chat, longest: int) -> Comparisons:
+    """A fixed sample of demonstrations for the reward's zero: the last assistant turn of each as the reply to what stands before it, not
+    longer than what was compared."""
+    ends = [(d, turns[-1]) for d in demonstrations[: 4 * DEMONSTRATIONS] if (turns := d.assistant_turns())]
+    shown = [Judgement(d.before(turn), d.messages[turn].content, True) for d, turn in ends]
+    kept = [j for j in shown if len(chat.prompt(j.context)) + len(chat.text(j.reply)) < longest] or shown
+    return encode_judgements(chat, kept[:DEMONSTRATIONS])
 
 
 def _answer(chat: Chat, prompt: list[int], answer: str, finished: bool) -> tuple[list[int], list[bool]]:

@@ -15,8 +15,6 @@ from orchestration.data.dialogues import Dialogue
 from orchestration.data.preferences import Comparison, Judgement
 
 T = TypeVar("T")
-DEMONSTRATIONS = 256
-"""Demonstrations whose mean score sets the reward model's zero."""
 
 
 class Fitted(NamedTuple, Generic[T]):
@@ -105,9 +103,3 @@ def _before_replies(contexts: Sequence[Dialogue], rooms: Sequence[int], chat: Ch
 
 def _lost_turns(contexts: Sequence[Dialogue], found: Sequence[Dialogue | None]) -> list[bool]:
     return [short is None or len(short.messages) < len(context.messages) for context, short in zip(contexts, found, strict=True)]
-
-
-def fitting_demonstrations(demonstrations: list[Dialogue], chat: Chat, longest: int) -> list[Dialogue]:
-    """A fixed sample of demonstrations for the reward model's zero, each up to its last assistant turn, at most `longest` tokens."""
-    cut = [d.before(turns[-1] + 1) for d in demonstrations[: 4 * DEMONSTRATIONS] if (turns := d.assistant_turns())]
-    return (fitting_dialogues(cut, chat, longest).kept or cut)[:DEMONSTRATIONS]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.batch import Dialogues, Rollouts
+from actors.batch import Comparisons, Rollouts
 from actors.rollout import Sampling
+from orchestration.data.comparisons import demonstrated
 from orchestration.data.dialogues import Dialogue
-from orchestration.data.fitting import fitting_demonstrations, fitting_prompts
+from orchestration.data.fitting import fitting_prompts
 from orchestration.errors import RequestError
 from orchestration.roles import Roles
 from orchestration.runtime.dispatch import cut
@@ -85,15 +86,15 @@ def demonstration_score(context: StageContext, roles: Roles, together: int) -> f
     longest = context.run.results().get("reward_model", {}).get("demonstrations_up_to")
     if longest is None or context.config.reward_checkpoint or context.config.ppo.rewards:
         return None
-    shown = context.chat.dialogues(fitting_demonstrations(context.corpus.demonstrations, context.chat, longest))
+    shown = demonstrated(context.corpus.demonstrations, context.chat, longest)
     filled = as_rollouts(shown.select([*range(len(shown)), *[0] * (-len(shown) % together)]))
     pieces = context.runtime.put(cut(filled, together, context.config.engine.micro_batch))
     scores = context.runtime.get(roles.reward.score(pieces), "scores of demonstrations")
     return float(torch.cat(scores)[: len(shown)].mean())
 
 
-def as_rollouts(rows: Dialogues) -> Rollouts:
-    """Dialogues as if their assistant turns had been sampled, for roles that take rollouts."""
+def as_rollouts(rows: Comparisons) -> Rollouts:
+    """Answers as if they had been sampled, for roles that take rollouts."""
     count = len(rows)
     keys = torch.stack([torch.arange(count), torch.zeros(count, dtype=torch.long)], dim=1)
     ended, version = torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.long)

@@ -7,15 +7,18 @@ no SFT model either.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from actors.batch import Comparisons
-from actors.preference_task import PreferenceTask
-from conf.schema import Config
-from orchestration.data import baselines, comparisons
+from actors.preference_task import SCORES_FILE, PreferenceTask
+from conf.schema import Config, RewardModel
+from orchestration.data import comparisons, versus
 from orchestration.data.chat import Chat
-from orchestration.data.fitting import Fitted, fitting_comparisons, fitting_demonstrations, fitting_judgements
+from orchestration.data.fitting import Fitted, fitting_comparisons, fitting_judgements
 from orchestration.data.preferences import Comparison, Judgement
 from orchestration.errors import RequestError
 from orchestration.metrics import tail
@@ -28,28 +31,35 @@ def run(context: StageContext) -> dict[str, float]:
     """Returns held-out accuracy or AUC, beside a TF-IDF model's on the same rows and the labeller's ceiling."""
     config = context.config
     start, chat, longest = _start(context)
-    rows, tests, simple, ranked = _preferences(context, chat, longest)
+    found = _preferences(context, chat, longest)
+    rows, learning = found.rows, config.reward_model
     groups = int(rows.group.max()) + 1
     if groups < 2:
         raise RequestError(f"stage=reward_model: {groups} comparison(s) or judgement(s) to learn from, two are needed; {_more(config)}")
-    kept, apart = comparisons.kept_apart(groups, config.reward_model.validation_share, config.seed)
+    kept, apart = comparisons.kept_apart(groups, learning.validation_share, config.seed)
     if len(kept) < config.placement.train.ranks:
         raise RequestError(
             f"placement.train.ranks={config.placement.train.ranks}: there are only {len(kept)} comparisons or judgements to learn from; "
             + _more(config)
         )
     longest_shown = max(int(rows.lengths.max()), 64)
-    shown = fitting_demonstrations(context.corpus.demonstrations, chat, longest_shown)
-    steps = min(config.reward_model.steps, config.reward_model.epochs * max(len(kept) // config.reward_model.batch, 1))
-    settings = dataclasses.replace(config, reward_model=dataclasses.replace(config.reward_model, steps=steps))
-    task = PreferenceTask(settings, str(start), of_groups(rows, kept), of_groups(rows, apart), tests, chat.dialogues(shown), ranked)
+    zero = comparisons.demonstrated(context.corpus.demonstrations, chat, longest_shown)
+    steps = steps_of(learning, len(kept))
+    settings = dataclasses.replace(config, reward_model=dataclasses.replace(learning, steps=steps))
+    task = PreferenceTask(settings, str(start), of_groups(rows, kept), of_groups(rows, apart), found.held_out, zero, found.ranked)
     context.start_runtime()
     context.metrics.begin("reward_model", steps)
     result = run_training(settings, task, context.directory, tail(context.directory.metrics, context.metrics.record))
     context.directory.extend(chat.save)
-    if config.reward_model.start == "model":
+    if learning.start == "model":
         shutil.rmtree(start)
-    return result | simple | ({"demonstrations_up_to": longest_shown} if ranked else {})
+    scores = json.loads((context.directory.checkpoint / SCORES_FILE).read_text(encoding="utf-8"))
+    return result | found.figures | found.beside(scores) | {"demonstrations_up_to": longest_shown}
+
+
+def steps_of(learning: RewardModel, groups: int) -> int:
+    """Optimizer steps for this many comparisons or judgements; none where only the head is fitted."""
+    return 0 if learning.train == "head" else min(learning.steps, learning.epochs * max(groups // learning.batch, 1))
 
 
 def _more(config: Config) -> str:
@@ -67,39 +77,46 @@ def _start(context: StageContext) -> tuple[Path, Chat, int]:
     return folder, chat, context_length(config)
 
 
-def _preferences(context: StageContext, chat: Chat, longest: int) -> tuple[Comparisons, Comparisons, dict[str, float], bool]:
-    """(rows to learn from, held-out rows, figures, whether they are rankings); what the data hold decides."""
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+    """What is learned from and measured on, and how the result is compared with TF-IDF."""
+
+    rows: Comparisons
+    held_out: Comparisons
+    ranked: bool
+    figures: dict[str, float]
+    beside: Callable[[list[float]], dict[str, float]]
+    """Held-out scores -> the baseline's figure on the same rows, and the difference."""
+
+
+def _preferences(context: StageContext, chat: Chat, longest: int) -> Preferences:
+    """Rankings or judgements: what the data hold decides."""
     corpus = context.corpus
     if context.config.labeler.kind == "simulated":
         folder = context.input("compare")
         train, tests = comparisons.read(folder / comparisons.TRAIN_FILE), comparisons.read(folder / comparisons.HELD_OUT_FILE)
-        return (*_rankings(context, chat, train, tests, longest), True)
+        return _rankings(context, chat, train, tests, longest)
     if corpus.ranked():
-        return (*_rankings(context, chat, corpus.comparisons, corpus.held_out_comparisons, longest), True)
-    return (*_judgements(chat, corpus.judgements, corpus.held_out_judgements, longest), False)
+        return _rankings(context, chat, corpus.comparisons, corpus.held_out_comparisons, longest)
+    return _judgements(context, chat, corpus.judgements, corpus.held_out_judgements, longest)
 
 
-def _rankings(
-    context: StageContext, chat: Chat, train: list[Comparison], tests: list[Comparison], longest: int
-) -> tuple[Comparisons, Comparisons, dict[str, float]]:
-    simple = {"baseline_pairwise_accuracy": baselines.tfidf_pairwise_accuracy(train, tests, context.config.seed)}
+def _rankings(context: StageContext, chat: Chat, train: list[Comparison], tests: list[Comparison], longest: int) -> Preferences:
+    seen, held_out = fitting_comparisons(train, chat, longest), fitting_comparisons(tests, chat, longest)
+    _check_fitting(seen, held_out, longest)
     ceiling = context.run.results().get("compare", {}).get("labeler_ceiling")
-    if ceiling is not None:
-        simple["labeler_ceiling"] = ceiling
-    fitted, fitted_tests = fitting_comparisons(train, chat, longest), fitting_comparisons(tests, chat, longest)
-    _check_fitting(fitted, fitted_tests, longest)
-    figures = simple | _lost(fitted, fitted_tests)
-    return comparisons.encode_rankings(chat, fitted.kept), comparisons.encode_rankings(chat, fitted_tests.kept), figures
+    figures = _lost(seen, held_out) | ({} if ceiling is None else {"labeler_ceiling": ceiling})
+    rows, apart = comparisons.encode_rankings(chat, seen.kept), comparisons.encode_rankings(chat, held_out.kept)
+    beside = partial(versus.on_rankings, train=seen.kept, test=held_out.kept, seed=context.config.seed)
+    return Preferences(rows, apart, True, figures, beside)
 
 
-def _judgements(
-    chat: Chat, train: list[Judgement], tests: list[Judgement], longest: int
-) -> tuple[Comparisons, Comparisons, dict[str, float]]:
-    simple = {"baseline_auc": baselines.tfidf_judgement_auc(train, tests)}  # on the whole contexts
-    fitted, fitted_tests = fitting_judgements(train, chat, longest), fitting_judgements(tests, chat, longest)
-    _check_fitting(fitted, fitted_tests, longest)
-    figures = simple | _lost(fitted, fitted_tests)
-    return comparisons.encode_judgements(chat, fitted.kept), comparisons.encode_judgements(chat, fitted_tests.kept), figures
+def _judgements(context: StageContext, chat: Chat, train: list[Judgement], tests: list[Judgement], longest: int) -> Preferences:
+    seen, held_out = fitting_judgements(train, chat, longest), fitting_judgements(tests, chat, longest)
+    _check_fitting(seen, held_out, longest)
+    rows, apart = comparisons.encode_judgements(chat, seen.kept), comparisons.encode_judgements(chat, held_out.kept)
+    beside = partial(versus.on_judgements, train=seen.kept, test=held_out.kept, seed=context.config.seed)
+    return Preferences(rows, apart, False, _lost(seen, held_out), beside)
 
 
 def _check_fitting(train: Fitted, tests: Fitted, longest: int) -> None:
