@@ -14,7 +14,7 @@ from torch import Tensor
 from actors import lora
 from actors.algorithms import calibration
 from actors.algorithms.linear import Loss, apply, chosen_penalty, fit_linear
-from actors.algorithms.preference import pairwise_correct, pointwise_loss, ranking_loss
+from actors.algorithms.preference import pairs_loss, pairwise_correct, pointwise_loss, ranking_loss, untied_pairs
 from actors.batch import Batch, Comparisons
 from actors.engine import Engine
 from actors.models import load_causal_lm, load_scalar_model
@@ -88,12 +88,16 @@ class PreferenceTask:
         return found.figures
 
     def mean_loss(self, rows: Comparisons) -> Loss:
-        """The loss of scores of some of `rows`."""
-        if not self.ranked:
-            return lambda scores, i: pointwise_loss(scores, rows.label[i], self._positive_weight(), float(len(i)))
-        return lambda scores, i: ranking_loss(
-            scores, rows.group[i], rows.label[i], float(len(torch.unique(rows.group[i]))), self.settings.margin
-        )
+        """The loss of some of `rows`, for a head that is fitted to all of them at once."""
+
+        def judged(index: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda scores: pointwise_loss(scores, rows.label[index], self._positive_weight(), float(len(index)))
+
+        def ranked(index: Tensor) -> Callable[[Tensor], Tensor]:
+            pairs = untied_pairs(rows.group[index], rows.label[index])
+            return lambda scores: pairs_loss(scores, pairs, self.settings.margin)
+
+        return ranked if self.ranked else judged
 
     def features_of(self, engine: Engine, rows: Comparisons) -> Tensor:
         """[N, F] on the CPU, in the rows' own order."""

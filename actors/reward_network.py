@@ -72,9 +72,12 @@ class FeatureModel(nn.Module):
         return scaled(features, self.mean, self.spread, widths(self.lm.config, self.features))
 
     def _read(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        output: Any = self.lm.base_model(
-            input_ids=tokens, position_ids=positions(tokens), use_cache=False, output_hidden_states=True
-        )  # fmt: skip
+        if self.features == ("tokens",):  # nothing of the network is asked for
+            output: Any = None
+        else:
+            output = self.lm.base_model(
+                input_ids=tokens, position_ids=positions(tokens), use_cache=False, output_hidden_states=True
+            )  # fmt: skip
         context = (positions(tokens) < lengths[:, None]) & ~mask
         read: dict[str, Callable[[], Tensor]] = {
             "last": lambda: torch.cat([states[torch.arange(len(lengths)), lengths - 1] for states in output.hidden_states], dim=-1),

@@ -15,12 +15,12 @@ PENALTIES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 FOLDS = 5
 MOST_ITERATIONS = 100
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(scores [n], rows [n]) -> mean loss of these rows, scalar."""
+Loss = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""From rows, [n] long, to what gives the mean loss of their scores, [n] -> scalar."""
 
 
 def fit_linear(features: Tensor, rows: Tensor, loss: Loss, penalty: float) -> Tensor:
-    """Minimise loss(features[rows] @ w + b, rows) + penalty / 2 |w|^2 by L-BFGS.
+    """Minimise loss(rows)(features[rows] @ w + b) + penalty / 2 |w|^2 by L-BFGS.
 
     Args:
         features: [N, F], of about unit scale.
@@ -29,13 +29,13 @@ def fit_linear(features: Tensor, rows: Tensor, loss: Loss, penalty: float) -> Te
     Returns:
         [F + 1]: w, then b (which is not penalised).
     """
-    seen = features[rows]
+    seen, measure = features[rows], loss(rows)
     head = torch.zeros(features.shape[1] + 1, dtype=features.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([head], max_iter=MOST_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        total = loss(apply(seen, head), rows) + penalty / 2 * head[:-1] @ head[:-1]
+        total = measure(apply(seen, head)) + penalty / 2 * head[:-1] @ head[:-1]
         total.backward()
         return total
 
@@ -61,7 +61,8 @@ def chosen_penalty(features: Tensor, groups: Tensor, loss: Loss, seed: int, pena
     losses = torch.zeros(len(penalties))
     for left_out in range(min(FOLDS, len(names))):
         train, test = (fold != left_out).nonzero()[:, 0], (fold == left_out).nonzero()[:, 0]
+        measure = loss(test)
         for place, penalty in enumerate(penalties):
-            losses[place] += float(loss(apply(features[test], fit_linear(features, train, loss, penalty)), test)) * len(test)
+            losses[place] += float(measure(apply(features[test], fit_linear(features, train, loss, penalty)))) * len(test)
     best = int(losses.argmin())
     return penalties[best], float(losses[best] / len(groups))

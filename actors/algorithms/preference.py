@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
@@ -31,6 +33,42 @@ def comparable(group: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     better = same & (rank[:, None] < rank[None, :])
     wins = better.sum(dim=1).to(rank.dtype)
     return better, same.to(rank.dtype) @ wins
+
+
+@dataclass(frozen=True)
+class UntiedPairs:
+    """Pairs that people ordered, as a list: for many groups at once, where all answers against all would be too much."""
+
+    better: Tensor
+    """[P] long: place of the better answer."""
+    worse: Tensor
+    """[P] long."""
+    steps: Tensor
+    """[P]: by how much their ranks differ."""
+    weight: Tensor
+    """[P]: all pairs of a prompt weigh 1 together."""
+    prompts: int
+    """Prompts, those of which all answers are tied included."""
+
+
+def untied_pairs(group: Tensor, rank: Tensor) -> UntiedPairs:
+    """Args: group, rank: [N], as in `ranking_loss`."""
+    members: dict[int, list[int]] = {}
+    for place, name in enumerate(group.tolist()):
+        members.setdefault(name, []).append(place)
+    ranks = rank.tolist()
+    rows: list[tuple[int, int, float, float]] = []
+    for places in members.values():
+        pairs = [(i, j, ranks[j] - ranks[i]) for i in places for j in places if ranks[i] < ranks[j]]
+        rows += [(*pair, 1 / len(pairs)) for pair in pairs]
+    found = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+    return UntiedPairs(found[:, 0].long(), found[:, 1].long(), found[:, 2].to(rank.dtype), found[:, 3].to(rank.dtype), len(members))
+
+
+def pairs_loss(scores: Tensor, pairs: UntiedPairs, margin: float = 0.0) -> Tensor:
+    """`ranking_loss` of [N] scores, with the number of prompts as the denominator."""
+    losses = -logsigmoid(scores[pairs.better] - scores[pairs.worse] - margin * pairs.steps)
+    return (losses * pairs.weight).sum() / max(pairs.prompts, 1)
 
 
 def pairwise_correct(scores: Tensor, group: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,8 @@ def taskmaster(data: str, run_dir: str, overrides: list[str]) -> dict[str, tuple
 
 def hh(data: str, run_dir: str, overrides: list[str]) -> dict[str, tuple[list[Any], Callable[[Fold], tuple[float, float]]]]:
     """For each way to make folds: the groups, and the two pairwise accuracies of a fold."""
-    settings = config.load(["experiment=hh_harmless", f"data.path={data}", f"run_dir={run_dir}", "runtime=local", *overrides])
+    given = ["experiment=hh_harmless", f"data.path={data}", f"run_dir={run_dir}", "runtime=local", "placement=cpu"]
+    settings = config.load([*given, *overrides])
     corpus = open_source(settings).load()
     chat = starting_chat(settings, corpus)
     start = Path(run_dir) / "start"
