@@ -10,10 +10,10 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 SEED ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install install-dev quickstart test test-full lint bench-recipe notebook clean
+.PHONY: help install install-dev quickstart test test-full lint bench-recipe bench-preferences notebook clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## Make .venv with chatray and what it runs on
 
@@ -50,6 +50,10 @@ lint: install-dev ## ruff, mypy and the rules of who may import whom
 bench-recipe: install ## The quickstart over three seeds and the Taskmaster experiment, as in BENCHMARKS.md
 	for seed in 0 1 2; do $(BIN)/chatray run experiment=quickstart seed=$$seed run_dir=runs/quickstart-seed$$seed || exit 1; done
 	$(BIN)/chatray run experiment=taskmaster_coffee data.path=../shared/data/taskmaster-4
+
+bench-preferences: install ## Reward models against TF-IDF over repeated folds of Taskmaster and HH
+	$(BIN)/python tests/benchmarks/preferences.py taskmaster ../shared/data/taskmaster-4
+	$(BIN)/python tests/benchmarks/preferences.py hh ../shared/data/hh-rlhf
 
 notebook: install-dev ## Execute the notebooks in place (after `make quickstart`)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

@@ -154,7 +154,8 @@ class PreferenceTask:
         scores = self.scores_of(engine, rows)
         loss = float(self._loss(scores, rows, float(len(torch.unique(rows.group))), scores.device))
         if not self.ranked:
-            return {"loss": loss, "auc": auc(scores, rows.label)}
+            both = 0 < float(rows.label.sum()) < len(rows)  # of one kind alone there is no AUC
+            return {"loss": loss} | ({"auc": auc(scores, rows.label)} if both else {})
         right, pairs = pairwise_correct(scores, rows.group, rows.label)
         return {"loss": loss} | ({"pairwise_accuracy": float(right / pairs)} if pairs > 0 else {})  # all tied: there is no accuracy
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors import lora
 from actors.models import ScalarModel, at_last, load_causal_lm, load_scalar_model, positions, save_model
 
 FEATURE_HEAD_FILE = "feature_head.safetensors"
@@ -65,7 +66,10 @@ class FeatureModel(nn.Module):
             mask: [B, T] bool, the reply's tokens.
         """
         found = self._read(tokens, lengths, mask)
-        return found if read else self.head(self.scaled(found))[:, 0].float()
+        if read:
+            return found
+        with torch.autocast(found.device.type, enabled=False):  # in the head's own precision: its bias is where the zero is
+            return self.head(self.scaled(found).to(self.head.weight.dtype))[:, 0].float()
 
     def scaled(self, features: Tensor) -> Tensor:
         """[B, F] as read -> [B, F] as the head takes them."""
@@ -216,7 +220,8 @@ def load_reward_model(path: str, seed: int) -> ScalarModel | FeatureModel:
 
 
 def save_network(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Write Hugging Face files of any of our networks into `folder`; a `FeatureModel`'s head stands beside its language model.
+    """Write Hugging Face files of any of our networks into `folder`; a `FeatureModel`'s head stands beside its language model, and
+    adapters are merged.
 
     Args:
         state: the module's whole state dict, gathered from its ranks.
@@ -224,6 +229,7 @@ def save_network(module: nn.Module, state: dict[str, Tensor], folder: Path) -> N
     if not isinstance(module, FeatureModel):
         save_model(module, state, folder)
         return
-    module.lm.save_pretrained(folder, state_dict={n.removeprefix("lm."): tensor for n, tensor in state.items() if n.startswith("lm.")})
-    head = {name: state[name].contiguous() for name in HEAD}
+    whole = lora.merged(module, state)
+    module.lm.save_pretrained(folder, state_dict={n.removeprefix("lm."): tensor for n, tensor in whole.items() if n.startswith("lm.")})
+    head = {name: whole[name].contiguous() for name in HEAD}
     save_file(head, folder / FEATURE_HEAD_FILE, metadata={"features": json.dumps(list(module.features))})

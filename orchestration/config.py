@@ -198,6 +198,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _files(config)
     yield from _pretraining(config)
     yield from _adapters(config)
+    yield from _features(config)
     yield from _ppo(config)
     yield from _choices(config)
     yield from _guard(config)
@@ -308,6 +309,13 @@ def _adapters(config: Config) -> Iterable[str]:
         yield "lora.roles: reward_model.train=head trains none of the layers that have adapters; leave reward_model out of lora.roles"
     if config.lora.rank and not config.lora.roles:
         yield f"lora.rank={config.lora.rank}: lora.roles=[] names no model to train by adapters; name some, or set lora.rank=0"
+
+
+def _features(config: Config) -> Iterable[str]:
+    given = config.reward_model.features
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        yield f"reward_model.features=[{','.join(given)}]: {', '.join(twice)} is there more than once; name each group once"
 
 
 def _parts(data: FilesData) -> Iterable[str]:

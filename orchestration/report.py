@@ -26,12 +26,14 @@ ROWS = (
     ("Reward model, held-out accuracy", "reward_model", "heldout_pairwise_accuracy", "of pairs"),
     ("  the exact grade reaches", "reward_model", "labeler_ceiling", "of pairs"),
     ("  TF-IDF on the same comparisons", "reward_model", "baseline_pairwise_accuracy", "of pairs"),
+    ("  difference, with 95% interval", "reward_model", "pairwise_accuracy_difference", "of pairs"),
     ("  when sure (p above 0.8)", "reward_model", "heldout_accuracy_sure", "of pairs"),
     ("  when the longer answer won", "reward_model", "heldout_accuracy_longer_preferred", "of pairs"),
     ("  when the shorter answer won", "reward_model", "heldout_accuracy_shorter_preferred", "of pairs"),
     ("Reward model, calibration error", "reward_model", "heldout_calibration_error", ""),
     ("Reward model, held-out AUC", "reward_model", "heldout_auc", ""),
     ("  TF-IDF on the same judgements", "reward_model", "baseline_auc", ""),
+    ("  difference, with 95% interval", "reward_model", "auc_difference", ""),
     ("PPO: KL to the reference", "ppo", "kl", "nats/reply"),
     ("  budget", "ppo", "kl_budget", "nats/reply"),
     ("Held-out text, SFT", "ppo", "pretraining_loss_sft", "nats/token"),
@@ -80,9 +82,9 @@ def results(summary: dict[str, Any]) -> Table:
     for title, justify in (("what", "left"), ("figure", "right"), ("unit", "left")):
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     for title, stage, name, unit in ROWS:
-        value = summary["stages"].get(stage, {}).get(name)
-        if value is not None:
-            table.add_row(title, _number(value), unit)
+        found = summary["stages"].get(stage, {})
+        if found.get(name) is not None:
+            table.add_row(title, _number(found[name]) + _interval(found, name), unit)
     return table
 
 
@@ -130,6 +132,12 @@ def _number(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(f"{v:.3f}" for v in value)
     return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _interval(found: dict[str, Any], name: str) -> str:
+    """Of a figure whose ends stand beside it."""
+    low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
+    return "" if low is None or high is None else f" ({_number(low)} to {_number(high)})"
 
 
 def conversations(path: Path, count: int, seed: int) -> list[Panel]:

@@ -66,6 +66,11 @@ def brief(conversations: list[list[dict[str, str]]], replies: list[str]) -> list
     return [-len(reply) / 10 for reply in replies]
 
 
+def asked(conversations: list[list[dict[str, str]]], replies: list[str]) -> list[float]:
+    """A reward that depends on the conversation alone."""
+    return [float(len(conversation[-1]["content"])) for conversation in conversations]
+
+
 def tiny_lm(seed: int = 0, spread: float = 0.12):
     """A causal LM whose weights have a standard deviation of `spread`: large enough that its distributions are far from uniform."""
     scale = smoke().scale

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import combinations
 
 import numpy as np
-from scipy.sparse import hstack
+from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -22,21 +22,23 @@ FEW = 50
 """Texts below which n-grams that occur once count as well."""
 
 
-def _vectorizer(ngrams: tuple[int, int], texts: int) -> TfidfVectorizer:
-    return TfidfVectorizer(analyzer="char_wb", ngram_range=ngrams, sublinear_tf=True, min_df=2 if texts > FEW else 1)
+def _vectors(train: Sequence[str], test: Sequence[str], ngrams: tuple[int, int]) -> tuple[csr_matrix, csr_matrix]:
+    """TF-IDF of both, learned from `train`; without columns where those texts are blank."""
+    if not any(text.strip() for text in train):
+        return csr_matrix((len(train), 0)), csr_matrix((len(test), 0))
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=ngrams, sublinear_tf=True, min_df=2 if len(train) > FEW else 1)
+    return vectorizer.fit_transform(train), vectorizer.transform(test)
 
 
 def tfidf_answer_scores(train: Sequence[Comparison], test: Sequence[Comparison], seed: int, most_pairs: int = 20_000) -> np.ndarray:
     """Scores of all answers of `test`, one comparison after the other, by a logistic regression on differences of the answers' TF-IDF
     learned from `train`. Contexts are the same within a pair and cancel out. At most `most_pairs` pairs are learned from."""
     answers = [answer for comparison in train for answer in comparison.answers]
-    vectorizer = _vectorizer(PAIR_NGRAMS, len(answers)).fit(answers)
+    vectors, new = _vectors(answers, [answer for comparison in test for answer in comparison.answers], PAIR_NGRAMS)
     first, second = _chosen_pairs(train, seed, most_pairs)
-    vectors = vectorizer.transform(answers)
     ranks = np.array([rank for comparison in train for rank in comparison.ranks])
     better = ranks[first] < ranks[second]
-    new = vectorizer.transform([answer for comparison in test for answer in comparison.answers])
-    if len(set(better)) < 2:  # a handful of pairs that all came in one order, or none
+    if len(set(better)) < 2 or not new.shape[1]:  # a handful of pairs that all came in one order, or none, or no words
         return np.zeros(new.shape[0])
     model = LogisticRegression(max_iter=300, fit_intercept=False).fit(vectors[first] - vectors[second], better)
     return np.asarray(new @ model.coef_[0])
@@ -45,8 +47,8 @@ def tfidf_answer_scores(train: Sequence[Comparison], test: Sequence[Comparison],
 def _chosen_pairs(comparisons: Sequence[Comparison], seed: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Untied pairs of answers, each in a random order, as two lists of places among all answers; at most `most` of them."""
     rng = np.random.default_rng(seed)
-    pairs = np.array([pair if rng.random() < 0.5 else pair[::-1] for pair in untied_pairs(comparisons)]).reshape(-1, 2)
-    chosen = pairs[rng.permutation(len(pairs))[:most]]
+    pairs = np.array([pair if rng.random() < 0.5 else pair[::-1] for pair in untied_pairs(comparisons)], dtype=int)
+    chosen = pairs.reshape(-1, 2)[rng.permutation(len(pairs))[:most]]
     return chosen[:, 0], chosen[:, 1]
 
 
@@ -64,7 +66,7 @@ def untied_pairs(comparisons: Sequence[Comparison]) -> list[tuple[int, int]]:
 
 def pairs_right(scores: np.ndarray, comparisons: Sequence[Comparison]) -> np.ndarray:
     """[P]: for each untied pair 1 where the scores order it as people did, one half where they are equal."""
-    pairs = np.array(untied_pairs(comparisons)).reshape(-1, 2)
+    pairs = np.array(untied_pairs(comparisons), dtype=int).reshape(-1, 2)
     difference = scores[pairs[:, 0]] - scores[pairs[:, 1]]
     return (difference > 0) + 0.5 * (difference == 0)
 
@@ -79,13 +81,13 @@ def tfidf_judgement_scores(train: Sequence[Judgement], test: Sequence[Judgement]
     good = [row.good for row in train]
     if len(set(good)) < 2:
         return np.zeros(len(test))
-    seen, new = [], []
-    for texts in (lambda rows: [text_of(row.context) for row in rows], lambda rows: [row.reply for row in rows]):
-        vectorizer = _vectorizer(JUDGEMENT_NGRAMS, len(train))
-        seen.append(vectorizer.fit_transform(texts(train)))
-        new.append(vectorizer.transform(texts(test)))
-    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000).fit(hstack(seen).tocsr(), good)
-    return np.asarray(model.decision_function(hstack(new).tocsr()))
+    contexts = _vectors([text_of(row.context) for row in train], [text_of(row.context) for row in test], JUDGEMENT_NGRAMS)
+    replies = _vectors([row.reply for row in train], [row.reply for row in test], JUDGEMENT_NGRAMS)
+    seen, new = (hstack(both).tocsr() for both in zip(contexts, replies, strict=True))
+    if not seen.shape[1]:
+        return np.zeros(len(test))
+    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000).fit(seen, good)
+    return np.asarray(model.decision_function(new))
 
 
 def tfidf_judgement_auc(train: Sequence[Judgement], test: Sequence[Judgement]) -> float:

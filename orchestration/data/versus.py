@@ -21,23 +21,29 @@ RESAMPLES = 1000
 
 
 def on_rankings(scores: Sequence[float], train: Sequence[Comparison], test: Sequence[Comparison], seed: int) -> dict[str, float]:
-    """Args:
-    scores: ours, of all answers of `test`, one comparison after the other.
+    """Nothing where all answers are tied.
+
+    Args:
+        scores: ours, of all answers of `test`, one comparison after the other.
     """
-    ours, theirs = pairs_right(np.array(scores), test), pairs_right(tfidf_answer_scores(train, test, seed), test)
     of_answer = [text_of(comparison.context) for comparison in test for _ in comparison.answers]
     contexts = [of_answer[better] for better, _ in untied_pairs(test)]
     if not contexts:
         return {}
+    ours, theirs = pairs_right(np.array(scores), test), pairs_right(tfidf_answer_scores(train, test, seed), test)
     return _beside("pairwise_accuracy", float(theirs.mean()), lambda rows: float((ours - theirs)[rows].mean()), contexts, seed)
 
 
 def on_judgements(scores: Sequence[float], train: Sequence[Judgement], test: Sequence[Judgement], seed: int) -> dict[str, float]:
-    """Args:
-    scores: ours, of the rows of `test`.
+    """Nothing where all rows were judged alike.
+
+    Args:
+        scores: ours, of the rows of `test`.
     """
     ours, theirs, good = np.array(scores), tfidf_judgement_scores(train, test), np.array([row.good for row in test])
     contexts = [text_of(row.context) for row in test]
+    if good.all() or not good.any():
+        return {}
     return _beside("auc", auc(theirs, good), lambda rows: auc(ours[rows], good[rows]) - auc(theirs[rows], good[rows]), contexts, seed)
 
 

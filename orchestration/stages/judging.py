@@ -20,6 +20,7 @@ from orchestration.errors import RequestError
 from orchestration.roles import Roles
 from orchestration.runtime.dispatch import cut
 from orchestration.stages.context import StageContext
+from orchestration.stages.rewarding import Rewarding
 from orchestration.stages.sampling import Sampler
 
 JUDGED = 2**31 + 800_001
@@ -81,10 +82,11 @@ def judge_prompts(context: StageContext) -> list[Dialogue]:
 def demonstration_score(context: StageContext, roles: Roles, together: int) -> float | None:
     """Mean score, as PPO's reward ranks give it, of the demonstrations that set the reward model's zero.
 
-    None where there is no such zero: rewards of other kinds, and reward models that this run has not trained.
+    None where there is no such zero: rewards of other kinds, reward models that this run has not trained, and those of another tokenizer,
+    which are asked by prompt and not by tokens.
     """
     longest = context.run.results().get("reward_model", {}).get("demonstrations_up_to")
-    if longest is None or context.config.reward_checkpoint or context.config.ppo.rewards:
+    if longest is None or context.config.reward_checkpoint or context.config.ppo.rewards or Rewarding(context).encoders:
         return None
     shown = demonstrated(context.corpus.demonstrations, context.chat, longest)
     filled = as_rollouts(shown.select([*range(len(shown)), *[0] * (-len(shown) % together)]))

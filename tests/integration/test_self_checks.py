@@ -18,8 +18,11 @@ from actors.rollout import Rollout
 from actors.weight_sync import pack
 from actors.worker import language_model, make_engine
 from orchestration import checks, report
+from orchestration.data.chat import Chat, learn_tokenizer
+from orchestration.data.world import scenarios
 from orchestration.errors import RequestError, RunError
 from orchestration.recipe import summarise
+from orchestration.stages.judging import judge_prompts
 from orchestration.stages.ppo import Loop
 from tests import tiny_ppo
 
@@ -67,6 +70,13 @@ def test_with_one_micro_batch_the_ratio_is_exactly_one(start: Path, tmp_path: Pa
     words = ("checks=strict", "ppo.minibatches=1", "engine.micro_batch=8", "ppo.steps=1", "ppo.batch=8")
     found = tiny_ppo.run(tiny_ppo.context(start, tmp_path, *words))[0]["checks"]["ratio"]
     assert found == {"passed": True, "seen": 0.0, "bound": 0.0}
+
+
+def test_ratios_to_an_engines_log_probs_are_not_held_against_zero(start: Path, tmp_path: Path) -> None:
+    words = ("checks=strict", "ppo.minibatches=1", "engine.micro_batch=8", "ppo.steps=1", "ppo.batch=8", "ppo.old_logprobs=behaviour")
+    result, rows, _ = tiny_ppo.run(tiny_ppo.context(start, tmp_path, *words))
+    assert rows[0]["old_from_behaviour"] == 1.0 and rows[0]["first_log_ratio_max"] > 0
+    assert set(result["checks"]) == {"weights", "engine", "reference"}
 
 
 def test_in_bf16_the_checks_pass_within_their_bounds(start: Path, tmp_path: Path) -> None:
@@ -168,6 +178,28 @@ def test_the_judge_changes_nothing_of_what_is_learned(start: Path, tmp_path: Pat
     assert all(torch.equal(without[2][name], judged[2][name]) for name in without[2])
 
 
+def test_the_judges_replies_are_scored_behind_their_own_prompts(start: Path, tmp_path: Path) -> None:
+    source = "ppo.rewards=[{kind: function, function: 'tests.fakes:asked'}]"
+    given = tiny_ppo.context(start, tmp_path, *WORDS, source, "ppo.judge.every=1", "ppo.judge.prompts=6", own_reward_model=True)
+    result, _, _ = tiny_ppo.run(given)
+    wanted = [len(context.messages[-1].content) for context in judge_prompts(given)]
+    learned_from = [len(context.messages[-1].content) for context in given.corpus.prompts[:6]]
+    assert [point["score"] for point in result["curve"]] == pytest.approx([sum(wanted) / 6] * 3)
+    assert sum(wanted) != sum(learned_from)
+    assert "demonstrations" not in result["checks"], "rewards of other kinds have no zero"
+
+
+def test_a_reward_model_of_another_tokenizer_is_asked_for_no_zero(start: Path, tmp_path: Path) -> None:
+    shutil.copytree(start, tmp_path / "models")
+    config = tiny_ppo.configuration.load(["experiment=smoke"])
+    other = Chat(learn_tokenizer(scenarios.demonstrations(20, 0, config.data.flaws), config.scale.vocabulary))  # type: ignore[union-attr]
+    other.save(tmp_path / "models" / "rm")
+    found = tiny_ppo.run(tiny_ppo.context(tmp_path / "models", tmp_path / "run", *WORDS, "checks=strict", own_reward_model=True))[0][
+        "checks"
+    ]
+    assert "demonstrations" not in found and found["ratio"]["passed"]
+
+
 def test_a_judge_without_prompts_is_refused(start: Path, tmp_path: Path) -> None:
     given = tiny_ppo.context(start, tmp_path, *WORDS, "ppo.judge.every=1")
     given.corpus.comparison_prompts.clear()
@@ -195,8 +227,12 @@ def test_after_the_last_rollback_the_run_stops_with_weights_within_the_budget(st
     assert all(torch.equal(weights[name], before[name]) for name in weights), "the first update was already too far"
 
 
-def test_a_run_killed_after_a_rollback_ends_as_if_never_killed(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = (*RUNAWAY, "ppo.steps=4", "ppo.guard={action: rollback, beta_factor: 3.0, lr_factor: 0.03, times: 3}", "ppo.judge.every=2")
+@pytest.mark.parametrize("normalise", ["none", "running"])
+def test_a_run_killed_after_a_rollback_ends_as_if_never_killed(
+    normalise: str, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = "ppo.guard={action: rollback, beta_factor: 3.0, lr_factor: 0.03, times: 3}"
+    words = (*RUNAWAY, guard, "ppo.steps=4", "ppo.judge.every=2", f"ppo.reward_normalise={normalise}")
     whole = tiny_ppo.run(tiny_ppo.context(start, tmp_path / "whole", *words))
     record = Loop.record
 
@@ -214,6 +250,25 @@ def test_a_run_killed_after_a_rollback_ends_as_if_never_killed(start: Path, tmp_
     assert [without_first_checks(row) for row in again[1]] == [without_first_checks(row) for row in whole[1]]
     assert again[0]["curve"] == whole[0]["curve"]
     assert all(torch.equal(whole[2][name], again[2][name]) for name in whole[2])
+
+
+def test_every_batch_of_scores_is_counted_once_whether_a_run_is_killed_or_goes_back(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*WORDS, "ppo.steps=4", "commit.every=2", "ppo.reward_normalise=running")
+    given = tiny_ppo.context(start, tmp_path / "whole", *words)
+    loops: list[Loop] = []
+    begin = Loop.resume
+    monkeypatch.setattr(Loop, "resume", lambda self: loops.append(self) or begin(self))
+    whole = tiny_ppo.run(given)
+    assert loops[0].seen.count == 5 * 8 and given.directory.last().memory["scores"]["count"] == 2 * 8  # type: ignore[union-attr]
+    again = tiny_ppo.run(given)  # goes on from the commit of step 2
+    assert loops[1].seen == loops[0].seen
+    assert [without_first_checks(row) for row in again[1]] == [without_first_checks(row) for row in whole[1]]
+    assert all(torch.equal(whole[2][name], again[2][name]) for name in whole[2])
+    gentle = "ppo.guard={action: rollback, beta_factor: 3.0, lr_factor: 0.03, times: 3}"
+    back = tiny_ppo.run(tiny_ppo.context(start, tmp_path / "back", *RUNAWAY, gentle, "ppo.steps=3", "ppo.reward_normalise=running"))
+    assert back[0]["rollbacks"] and loops[2].seen.count == 4 * 8
 
 
 def without_first_checks(row: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from actors.trainer import train
 from actors.weight_sync import unpack
 from actors.worker import RankSpec, Worker, make_engine, process_group_of_one, start_process_group
 from conf.schema import Config
-from tests.fakes import comparisons, dialogues, experience, floats, rollouts, saved_lm, saved_scalar, smoke, with_section
+from tests.fakes import comparisons, experience, floats, rollouts, saved_lm, saved_scalar, smoke, with_section
+from tests.sessions import Session
 
 ROWS = 8
 STAGES = (0, 2, 3)
@@ -155,37 +156,12 @@ def test_a_commit_holds_no_frozen_weights(folders: dict[str, str], tmp_path: Pat
     assert policy.sent[0].flat.size == sum(p.numel() for p in policy.engine.module.parameters() if p.requires_grad)
 
 
-class Session:
-    """A training rank's surroundings that keep what they are given."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, folder: Path, after: Session | None = None) -> None:
-        self.folder, self.after = folder, after
-
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        pass
-
-    def commit(self, step: int, save: Any, memory: dict[str, Any]) -> None:
-        folder = self.folder.with_suffix(".state")
-        folder.mkdir()
-        save(folder)
-        self.point = (step, folder, memory)
-
-    def resume(self) -> tuple[int, Path, dict[str, Any]] | None:
-        return self.after.point if self.after else None
-
-    def export(self, save: Any) -> None:
-        self.folder.mkdir()
-        save(self.folder)
-
-
 def test_a_reward_model_is_trained_by_adapters_and_a_head_resumed_bit_by_bit_and_exported_whole(
     folders: dict[str, str], tmp_path: Path
 ) -> None:
     rows = comparisons(0)
     of = with_section(config(), "reward_model", lr=0.03, steps=4, batch=4, warmup=0, eval_every=1)
-    task = PreferenceTask(of, folders["scalar"], rows, rows, rows, dialogues(1, 3), True)
+    task = PreferenceTask(of, folders["scalar"], rows, rows, rows, comparisons(1, (3,)), True)
     found = train(of, task, session := Session(tmp_path / "rm"))
     before, after = load_file(Path(folders["scalar"]) / "model.safetensors"), load_file(tmp_path / "rm/model.safetensors")
     assert before.keys() == after.keys()
@@ -193,7 +169,7 @@ def test_a_reward_model_is_trained_by_adapters_and_a_head_resumed_bit_by_bit_and
     assert train(of, task, Session(tmp_path / "resumed", after=session)) == found
     resumed = load_file(tmp_path / "resumed/model.safetensors")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in after.items())
-    again = PreferenceTask(with_section(of, "lora", rank=0), str(tmp_path / "rm"), rows, rows, rows, dialogues(1, 3), True)
+    again = PreferenceTask(with_section(of, "lora", rank=0), str(tmp_path / "rm"), rows, rows, rows, comparisons(1, (3,)), True)
     engine = make_engine(again.config, again.module(), Optimizer(1e-3, 0.0, 1.0))
     assert again.evaluate(engine)["loss"] == pytest.approx(found["heldout_loss"], rel=1e-4)
 
@@ -212,7 +188,7 @@ def work(rank: int, ranks: int, checkpoints: dict[str, str], stages: tuple[int, 
             policy.update([rows], [], step)
         found[f"policy {stage}"] = unpack(policy.weights(1))
         assert torch.equal(policy.reference_logprobs([rollouts(5, ROWS).select(share)], 1.0)[0], reference)
-        task = PreferenceTask(config(stage), checkpoints["scalar"], ranked, ranked, ranked, dialogues(1, 3), True)
+        task = PreferenceTask(config(stage), checkpoints["scalar"], ranked, ranked, ranked, comparisons(1, (3,)), True)
         engine = make_engine(task.config, task.module(), Optimizer(0.03, 0.0, 1.0, 1e-3))
         optimizer_step(engine, task.loss(engine, mine), 3, 0.03)
         found[f"ranking {stage}"] = copied(engine.weights())

@@ -5,6 +5,7 @@ The optimizer's epsilon is so large here that a step is plain gradient descent: 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.algorithms.calibration import calibration_error
 from actors.algorithms.kl import k1
 from actors.algorithms.ppo import policy_loss
+from actors.algorithms.preference import pointwise_loss
 from actors.batch import Comparisons, Dialogues, Experience, Rollouts
 from actors.critic import Critic
 from actors.engine import Optimizer
@@ -21,7 +24,7 @@ from actors.language_task import LanguageTask
 from actors.learning import optimizer_step
 from actors.models import LanguageModel, load_causal_lm
 from actors.policy import Policy
-from actors.preference_task import PreferenceTask
+from actors.preference_task import SCORES_FILE, PreferenceTask
 from actors.reference import Reference
 from actors.reward import Reward
 from actors.worker import RankSpec, Worker, make_engine, process_group_of_one
@@ -104,7 +107,7 @@ def preference_updated(folders: dict[str, str], micro_batch: int, ranked: bool) 
     rows = comparisons(0)
     if not ranked:
         rows.label, rows.group = (rows.label > 0).float(), torch.arange(len(rows))
-    task = PreferenceTask(config(micro_batch), folders["lm"], rows, rows, rows, dialogues(1, 3), ranked)
+    task = PreferenceTask(config(micro_batch), folders["lm"], rows, rows, rows, comparisons(1, (3,)), ranked)
     return task_updated(task, rows, micro_batch)
 
 
@@ -275,31 +278,43 @@ def test_advantages_are_whitened_over_all_pieces_together_and_returns_are_not(fo
 def test_reference_and_reward_never_move_and_need_no_gradients(folders: dict[str, str]) -> None:
     of = config(4)
     reference, reward = role(Reference, folders["lm"], of), role(Reward, folders["scalar"], of)
-    before = [weights(reference), weights(reward)]
+    frozen = [reference, reward.sources[0][2]]
+    before = [weights(one) for one in frozen]
     policy = role(Policy, folders["lm"], of)
     pieces = rollouts(5, ROWS).split(4)
     found = reference.logprobs(pieces, 1.0)
     values = [torch.zeros(piece.tokens.shape) for piece in pieces]
     policy.update(policy.experience(pieces, reward.score(pieces), found, values, 0.1), [], step=0)
     assert moved(weights(reference), weights(policy)) > 1e-5
-    for worker, was in zip((reference, reward), before, strict=True):
+    for worker, was in zip(frozen, before, strict=True):
         assert moved(was, weights(worker)) == 0.0
         assert not any(p.requires_grad for p in worker.engine.module.parameters())
     assert not any(tensor.requires_grad for tensor in [*found, *reward.score(pieces)])
 
 
-def test_the_reward_models_zero_is_the_demonstrations_mean_for_rankings_and_stays_for_judgements(folders: dict[str, str]) -> None:
-    rows, shown = comparisons(0), dialogues(1, 5)
-    for ranked in (True, False):
-        task = PreferenceTask(config(4), folders["scalar"], rows, rows, rows, shown, ranked)
-        engine = make_engine(task.config, task.module(), SGD)
-        before = task.scores_of(engine, shown)
-        if not ranked:
-            rows.label.copy_((rows.label > 0).float())
-        figures = task.finish(engine)
-        shift = float(before.mean()) if ranked else 0.0
-        torch.testing.assert_close(task.scores_of(engine, shown), before - shift, atol=1e-5, rtol=1e-5)
-        assert figures["demonstration_score"] == pytest.approx(float(before.mean()) - shift, abs=1e-5)
+@pytest.mark.parametrize("ranked", [True, False], ids=["rankings", "judgements"])
+def test_the_reward_models_zero_is_the_demonstrations_mean_and_calibration_is_that_of_the_scores_before(
+    ranked: bool, folders: dict[str, str]
+) -> None:
+    rows, shown = comparisons(0), comparisons(1, (5,))
+    if not ranked:
+        rows.label, rows.group = (rows.label > 0).float(), torch.arange(len(rows))
+    task = PreferenceTask(config(4), folders["scalar"], rows, rows, rows, shown, ranked)
+    engine = make_engine(task.config, task.module(), SGD)
+    engine.shift_bias("head.bias", 2.0)
+    before, scores = task.scores_of(engine, shown), task.scores_of(engine, rows)
+    figures, texts = task.finish(engine)
+    assert figures["zero"] == pytest.approx(float(before.mean()), abs=1e-5) and abs(figures["zero"]) > 1
+    assert figures["demonstration_score"] == pytest.approx(0.0, abs=1e-5)
+    torch.testing.assert_close(task.scores_of(engine, shown), before - before.mean(), atol=1e-5, rtol=1e-5)
+    after = torch.tensor(json.loads(texts[SCORES_FILE]))
+    torch.testing.assert_close(after, scores - before.mean(), atol=1e-5, rtol=1e-5)
+    if not ranked:
+        good = float(rows.label.sum())
+        weight = (len(rows) - good) / good
+        wanted = calibration_error(torch.sigmoid(scores) / (torch.sigmoid(scores) + weight * (1 - torch.sigmoid(scores))), rows.label)
+        assert figures["heldout_calibration_error"] == pytest.approx(wanted, abs=1e-5)
+        assert figures["heldout_loss"] == pytest.approx(float(pointwise_loss(scores, rows.label, weight, float(len(rows)))), abs=1e-5)
 
 
 def test_going_back_gives_the_weights_sent_before_the_last_and_exports_them(folders: dict[str, str], tmp_path: Path) -> None:

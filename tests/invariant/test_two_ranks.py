@@ -94,7 +94,7 @@ def ranking(rank: int, ranks: int, stage: int, checkpoint: str) -> dict[str, tor
     """Weights of the reward model after one step on this rank's prompts."""
     rows = comparisons(3, SIZES)
     mine: Comparisons = rows.select((rows.group % ranks == rank).nonzero()[:, 0]).trimmed()
-    task = PreferenceTask(config(stage), checkpoint, rows, rows, rows, dialogues(1, 3), True)
+    task = PreferenceTask(config(stage), checkpoint, rows, rows, rows, comparisons(1, (3,)), True)
     engine = make_engine(task.config, task.module(), Optimizer(1.0, 0.0, 1e9, 1e4))
     optimizer_step(engine, task.loss(engine, mine), 3, 100.0)
     return engine.weights()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -251,9 +252,24 @@ def test_the_resolved_yaml_holds_every_setting_and_is_the_same_request_again() -
     assert problems == []
 
 
+def test_groups_of_features_are_named_once() -> None:
+    (text,) = mistakes("reward_model.features=[tokens,likelihood,tokens]")
+    assert text == "reward_model.features=[tokens,likelihood,tokens]: tokens is there more than once; name each group once"
+    assert load(["experiment=smoke", "reward_model.features=[tokens,likelihood]"]).reward_model.features == ("tokens", "likelihood")
+    assert mistakes("reward_model.features=[]")[0].startswith("reward_model.features=[]")
+
+
+def test_a_fitted_head_leaves_nothing_to_adapters() -> None:
+    (text,) = mistakes("reward_model.train=head", "lora.rank=2")
+    assert text.startswith("lora.roles: reward_model.train=head") and "leave reward_model out" in text
+    for words in (["lora.rank=2", "lora.roles=[policy,critic]"], ["lora.rank=0"]):
+        assert load(["experiment=smoke", "reward_model.train=head", *words]).reward_model.train == "head"
+
+
 def test_every_setting_is_documented_beneath_itself() -> None:
-    lines = [line for name in ("schema.py", "sources.py") for line in (configuration.FOLDER / name).read_text().splitlines()]
-    fields = [n for n, line in enumerate(lines) if line.startswith("    ") and ": " in line and line[4].isalpha() and "def " not in line]
+    files = [configuration.FOLDER / name for name in ("schema.py", "sources.py", "ppo.py", "rewards.py")]
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    fields = [n for n, line in enumerate(lines) if re.match(r"    \w+: ", line)]
     assert len(fields) > 100
     assert [lines[n].strip() for n in fields if not lines[n + 1].strip().startswith('"""')] == []
 

@@ -131,8 +131,9 @@ def test_a_classifier_with_a_template_of_its_own_scores_what_it_would_alone(padd
 def test_a_conversation_longer_than_the_models_context_loses_its_oldest_turns_and_nothing_of_the_reply(other: Chat) -> None:
     context = [{"role": "user", "content": "hello " * 20}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "who?"}]
     encoder = ReplyEncoder("model", other, 40, False)
-    ids = encoder.encode([context], ["ann"], [True])[0]
-    assert ids == other.encode(Dialogue("", (Message("user", "who?"), Message("assistant", "ann"))))[0]
+    ((ids, of_reply),) = encoder.encode([context], ["ann"], [True])
+    wanted, mask = other.encode(Dialogue("", (Message("user", "who?"), Message("assistant", "ann"))))
+    assert ids == wanted and of_reply == sum(mask)
     with pytest.raises(RewardError, match="model: a reply alone is .* and it takes 40; lower ppo.max_new_tokens"):
         encoder.encode([context], ["ann " * 60], [True])
 
