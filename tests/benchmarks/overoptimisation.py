@@ -1,12 +1,13 @@
-"""What the KL penalty is for: PPO with beta 0 and with the quickstart's beta, from one SFT checkpoint and one weak reward model.
+"""What the KL penalty is for: PPO with beta 0, the quickstart's and four times that, from one SFT checkpoint and one weak reward model.
 
     python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs 2
     python -m tests.benchmarks.overoptimisation --summary
 
 The reward model learns from `COMPARISONS` prompts, a few of the quickstart's, so that it can be fooled soon. During PPO the judge measures
 the reward model's score and the exact grade on held-out prompts (`ppo.curve`); their curves against the root of the KL (Gao et al.
-2210.10760) are printed and drawn, means over the seeds. At the end the exact grade of replies to further held-out prompts tells the two
-betas apart: without the penalty the score is higher and the grade lower.
+2210.10760) are printed and drawn, means over the seeds. At the end the exact grade of replies to further held-out prompts tells the
+betas apart: without the penalty the score is higher and the grade lower. How strong a penalty must be depends on how weak the reward
+model is, hence the third beta.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from tests.benchmarks import runs
 COMPARISONS, PROMPTS, SEEDS, WORLD = 400, 512, (0, 1, 2), 78
 WEAK = [f"compare.prompts={COMPARISONS}", "compare.heldout_prompts=100", "reward_model.eval_every=10"]
 SETTINGS = [
-    "ppo.steps=48", "ppo.batch=128", "ppo.minibatches=4", "ppo.warmup=3", "ppo.lr=5.0e-4", "ppo.kl.controller=fixed",
-    "ppo.guard.action=off", "ppo.judge.every=6", "ppo.judge.prompts=256",
+    "ppo.steps=36", "ppo.batch=128", "ppo.minibatches=4", "ppo.warmup=3", "ppo.lr=5.0e-4", "ppo.kl.controller=fixed",
+    "ppo.guard.action=off", "ppo.judge.every=4", "ppo.judge.prompts=256",
 ]  # fmt: skip
 """The leash alone differs: a fixed beta, and no guard that would end the run."""
-ARMS = {"beta 0": ["ppo.kl.beta=0"], "beta 0.05": ["ppo.kl.beta=0.05"]}
-FREE, LEASHED = ARMS
+FREE = "beta 0"
+ARMS = {name: [f"ppo.kl.beta={name.split()[1]}"] for name in (FREE, "beta 0.05", "beta 0.2")}
 
 
 def one(out: Path, task: runs.Task, run: Path) -> dict[str, Any]:
@@ -61,15 +62,20 @@ def summary(out: Path) -> str:
         warned = [f"seed {line['seed']}: {', '.join(sorted(line['warnings'])) or 'none'}" for line in own]
         told = f"{arm}, {len(own)} seeds, {np.mean([line['seconds'] for line in own]):.0f} s each; warnings: {'; '.join(warned)}"
         parts += [told, runs.markdown(["step", "root of KL", "reward model", "exact grade", "tokens"], rows)]
-    if len(found) == len(ARMS) and len(found[FREE]) == len(found[LEASHED]):
-        grades = [np.stack([np.load(out / line["grades"]) for line in found[arm]]) for arm in (LEASHED, FREE)]
-        mean, low, high = runs.interval(grades[0] - grades[1])
-        scores = [mean_curve(found[arm])[-1]["score"] for arm in (LEASHED, FREE)]
-        parts.append(
-            f"At the end, {LEASHED} less {FREE}: exact grade {mean:+.3f} ({low:+.3f} to {high:+.3f}, {PROMPTS} prompts), reward model "
-            f"{scores[0] - scores[1]:+.2f}."
-        )
+    parts += [
+        against_free(out, arm, own, found[FREE]) for arm, own in found.items() if arm != FREE and len(own) == len(found.get(FREE, []))
+    ]
     return "\n\n".join(parts)
+
+
+def against_free(out: Path, arm: str, own: list[dict[str, Any]], free: list[dict[str, Any]]) -> str:
+    """What a leash has changed at the end."""
+    grades, without = (np.stack([np.load(out / line["grades"]) for line in lines]) for lines in (own, free))
+    mean, low, high = runs.interval(grades - without)
+    score = mean_curve(own)[-1]["score"] - mean_curve(free)[-1]["score"]
+    return (
+        f"At the end, {arm} less {FREE}: exact grade {mean:+.3f} ({low:+.3f} to {high:+.3f}, {PROMPTS} prompts), reward model {score:+.2f}."
+    )
 
 
 def main() -> None:
