@@ -1,4 +1,4 @@
-"""What the KL penalty is for: PPO with beta 0, the quickstart's and four times that, from one SFT checkpoint and one weak reward model.
+"""What the KL penalty is for: PPO with beta 0, the quickstart's and ten times that, from one SFT checkpoint and one weak reward model.
 
     python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs 2
     python -m tests.benchmarks.overoptimisation --summary
@@ -6,8 +6,9 @@
 The reward model learns from `COMPARISONS` prompts, a few of the quickstart's, so that it can be fooled soon. During PPO the judge measures
 the reward model's score and the exact grade on held-out prompts (`ppo.curve`); their curves against the root of the KL (Gao et al.
 2210.10760) are printed and drawn, means over the seeds. At the end the exact grade of replies to further held-out prompts tells the
-betas apart: without the penalty the score is higher and the grade lower. How strong a penalty must be depends on how weak the reward
-model is, hence the third beta.
+betas apart: without the penalty the score is higher and the grade lower. A penalty holds the policy where a further nat of KL gains less
+score than beta. This reward model still gives about 0.15 per nat where the grade already falls, so the quickstart's 0.05, which is enough
+for the quickstart's reward model, can not hold it; ten times as much can.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SETTINGS = [
 ]  # fmt: skip
 """The leash alone differs: a fixed beta, and no guard that would end the run."""
 FREE = "beta 0"
-ARMS = {name: [f"ppo.kl.beta={name.split()[1]}"] for name in (FREE, "beta 0.05", "beta 0.2")}
+ARMS = {name: [f"ppo.kl.beta={name.split()[1]}"] for name in (FREE, "beta 0.05", "beta 0.5")}
 
 
 def one(out: Path, task: runs.Task, run: Path) -> dict[str, Any]:
