@@ -8,12 +8,15 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 SEED ?= 0
+# Processes at once in benchmarks and mutation runs, a core each.
+JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install install-dev quickstart test test-full lint bench-recipe bench-preferences notebook clean
+.PHONY: help install install-dev quickstart test test-full lint bench-recipe bench-preferences bench-learning bench-overoptimisation \
+	bench-ptx mutants notebook clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-23s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## Make .venv with chatray and what it runs on
 
@@ -54,6 +57,19 @@ bench-recipe: install ## The quickstart over three seeds and the Taskmaster expe
 bench-preferences: install ## Reward models against TF-IDF over repeated folds of Taskmaster and HH
 	$(BIN)/python tests/benchmarks/preferences.py taskmaster ../shared/data/taskmaster-4
 	$(BIN)/python tests/benchmarks/preferences.py hh ../shared/data/hh-rlhf
+
+bench-learning: install ## The true reward raises the exact grade, its opposite lowers it, a random one does neither (after the quickstart)
+	$(BIN)/python -m tests.benchmarks.learning --run runs/quickstart --jobs $(JOBS)
+
+bench-overoptimisation: install ## PPO with and without its KL penalty, against a weak reward model (after the quickstart)
+	$(BIN)/python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs $(JOBS)
+
+bench-ptx: install ## What PPO-ptx keeps of pretraining
+	$(BIN)/python -m tests.benchmarks.ptx --jobs $(JOBS)
+
+mutants: install-dev ## Break the maths of actors/algorithms in every small way, and list what no test notices
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS)
+	$(BIN)/mutmut results
 
 notebook: install-dev ## Execute the notebooks in place (after `make quickstart`)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

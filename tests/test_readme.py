@@ -14,6 +14,7 @@ from orchestration import config as configuration
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "cluster/README.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FOLDERS = (".", "data", "reward", "taskmaster-4/data", "taskmaster-4/reward", "self-instruct", "demonstrations", "comparisons", "texts")
 FOLDER_SETTINGS = ("model.path", "policy_checkpoint", "reward_checkpoint")
 
 
@@ -46,7 +47,7 @@ def make_targets() -> list[tuple[str, str]]:
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, str]:
     """Stand-ins for the folders that the documents name: every shipped set's, and a Hugging Face checkpoint."""
-    for part in (".", "data", "reward", "taskmaster-4/data", "taskmaster-4/reward", "self-instruct"):
+    for part in FOLDERS:
         (tmp_path / "sets" / part).mkdir(parents=True, exist_ok=True)
         (tmp_path / "sets" / part / "x.json.gz").touch()
     (tmp_path / "model").mkdir()
