@@ -8,7 +8,7 @@ the reward model's score and the exact grade on held-out prompts (`ppo.curve`); 
 2210.10760) are printed and drawn, means over the seeds. At the end the exact grade of replies to further held-out prompts tells the
 betas apart: without the penalty the score is higher and the grade lower. A penalty holds the policy where a further nat of KL gains less
 score than beta. This reward model still gives about 0.15 per nat where the grade already falls, so the quickstart's 0.05, which is enough
-for the quickstart's reward model, can not hold it; ten times as much can.
+for the quickstart's reward model and its 28 steps, can not hold it; ten times as much can.
 """
 
 from __future__ import annotations
