@@ -1,14 +1,15 @@
-"""What the KL penalty is for: PPO with beta 0, the quickstart's and ten times that, from one SFT checkpoint and one weak reward model.
+"""What the KL penalty is for: PPO with beta 0 and with the quickstart's, from one SFT checkpoint and one reward model.
 
     python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs 2
+    python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs 2 --weak --out runs/bench-overoptimisation-weak
     python -m tests.benchmarks.overoptimisation --summary
 
-The reward model learns from `COMPARISONS` prompts, a few of the quickstart's, so that it can be fooled soon. During PPO the judge measures
-the reward model's score and the exact grade on held-out prompts (`ppo.curve`); their curves against the root of the KL (Gao et al.
-2210.10760) are printed and drawn, means over the seeds. At the end the exact grade of replies to further held-out prompts tells the
-betas apart: without the penalty the score is higher and the grade lower. A penalty holds the policy where a further nat of KL gains less
-score than beta. This reward model still gives about 0.15 per nat where the grade already falls, so the quickstart's 0.05, which is enough
-for the quickstart's reward model and its 28 steps, can not hold it; ten times as much can.
+During PPO the judge measures the reward model's score and the exact grade on held-out prompts (`ppo.curve`); their curves against the root
+of the KL (Gao et al. 2210.10760) are printed and drawn, means over the seeds. At the end the exact grade of replies to further held-out
+prompts tells the betas apart: without the penalty the score is higher and the grade lower.
+
+The reward model is the run's own. With `--weak` it is one that has learned from the comparisons of `COMPARISONS` prompts, an eighth of the
+quickstart's, and is fooled sooner: it takes a stronger penalty to hold the policy, so there is an arm with one.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ SETTINGS = [
 """The leash alone differs: a fixed beta, and no guard that would end the run."""
 FREE = "beta 0"
 ARMS = {name: [f"ppo.kl.beta={name.split()[1]}"] for name in (FREE, "beta 0.05", "beta 0.5")}
+STRONG = "beta 0.5"
+"""Only against the weak reward model."""
 
 
 def one(out: Path, task: runs.Task, run: Path) -> dict[str, Any]:
     """PPO; its curve, and a file with the grades of what it made."""
     began, name = time.perf_counter(), f"{task['arm'].replace(' ', '-')}-seed{task['seed']}"
     folder, weak = out / "runs" / name, out / "weak"
-    start = [f"policy_checkpoint={runs.checkpoint(run, 'sft')}", f"reward_checkpoint={runs.checkpoint(weak, 'reward_model')}"]
+    reward = runs.checkpoint(weak if weak.exists() else run, "reward_model")
+    start = [f"policy_checkpoint={runs.checkpoint(run, 'sft')}", f"reward_checkpoint={reward}"]
     words = ["experiment=quickstart", "stage=ppo", f"run_dir={folder.resolve()}", *start, f"seed={task['seed']}", *runs.ONE_THREAD]
     runs.chatray([*words, *SETTINGS, *ARMS[task["arm"]]], out / "logs" / f"{name}.log")
     ppo, seconds = runs.result_of(folder, "ppo"), round(time.perf_counter() - began, 1)
@@ -85,13 +89,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-overoptimisation"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a core each")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--weak", action="store_true", help="with a reward model of few comparisons")
     parser.add_argument("--summary", action="store_true", help="print the tables of what is finished, run nothing")
     wanted = parser.parse_args()
     if not wanted.summary:
-        runs.make(wanted.run, ["sft"])
-        sft = f"policy_checkpoint={runs.checkpoint(wanted.run, 'sft')}"
-        runs.make(wanted.out / "weak", ["compare", "reward_model"], [*WEAK, sft, *runs.ONE_THREAD])
-        tasks = [{"arm": arm, "seed": seed} for seed in wanted.seeds for arm in ARMS]
+        runs.make(wanted.run, ["sft"] if wanted.weak else ["sft", "compare", "reward_model"])
+        if wanted.weak:
+            sft = f"policy_checkpoint={runs.checkpoint(wanted.run, 'sft')}"
+            runs.make(wanted.out / "weak", ["compare", "reward_model"], [*WEAK, sft, *runs.ONE_THREAD])
+        tasks = [{"arm": arm, "seed": seed} for seed in wanted.seeds for arm in ARMS if wanted.weak or arm != STRONG]
         runs.work(wanted.out, tasks, one, wanted.jobs, wanted.run)
     print(summary(wanted.out))
 
