@@ -108,5 +108,5 @@ def zero_point(mean_score: float, dtype: str) -> Finding:
     """On the mean score of the demonstrations that set the reward model's zero."""
     return Finding(
         "demonstrations", mean_score, BOUNDS[dtype].demonstrations, "the reward model gives demonstrations 0 on average",
-        "the bias of its head (scalar_head.safetensors), and whether its weights are those that stage reward_model left",
+        "the bias of its head (*_head.safetensors), and whether its weights are those that stage reward_model left",
     )  # fmt: skip

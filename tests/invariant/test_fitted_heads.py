@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from actors import preference_task
 from actors.batch import Comparisons
+from actors.engine import Optimizer
 from actors.preference_task import PreferenceTask, fitted
 from actors.reward_network import FeatureModel, load_reward_model, widths
 from actors.trainer import train
@@ -38,6 +40,7 @@ def rows_of(seed: int, ranked: bool) -> Comparisons:
     rows = comparisons(seed, GROUPS)
     if not ranked:
         rows.label, rows.group = (rows.label > 0).float(), torch.arange(len(rows))
+    rows.group += 100 * seed
     return rows
 
 
@@ -91,6 +94,19 @@ def test_a_fitted_head_has_no_slope_left(lm: str) -> None:
     (losses + found.figures["penalty"] / 2 * head[:-1] @ head[:-1]).backward()
     assert head.grad is not None and float(head.grad.abs().max()) < 1e-3
     assert weight != pytest.approx(1.0) and float(found.head.abs().max()) > 0.1
+
+
+def test_the_penalty_is_chosen_over_whole_groups(lm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = task(config(), lm, ranked=True)
+    seen: list[Tensor] = []
+    whole = preference_task.chosen_penalty
+    monkeypatch.setattr(
+        preference_task, "chosen_penalty", lambda inputs, groups, *rest: seen.append(groups) or whole(inputs, groups, *rest)
+    )
+    engine = make_engine(given.config, given.module(), Optimizer(1e-3, 0.0, 1.0))
+    given.prepare(engine)
+    assert torch.equal(seen[0], torch.cat([given.rows.group, given.validation.group]))
+    assert len(torch.unique(seen[0])) == 2 * len(GROUPS)
 
 
 def test_judgements_of_one_kind_give_no_auc_and_no_error(lm: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from actors.batch import Rollouts
 from actors.models import ScalarModel, load_scalar_model, new_causal_lm, save_model
 from actors.reward import Reward
+from actors.reward_network import FeatureModel, load_reward_model, save_network
 from actors.rewards.model import kind_of
 from actors.rewards.source import RewardError, Texts
 from actors.rollout import assemble
@@ -20,7 +21,7 @@ from orchestration.data.chat import Chat, learn_tokenizer, load_tokenizer
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.scoring import ReplyEncoder
 from orchestration.stages.rewarding import same_tokens
-from tests.fakes import saved_lm, smoke, with_section
+from tests.fakes import floats, saved_lm, smoke, with_section
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -74,6 +75,18 @@ def scalar_folder(folder: Path, chat: Chat) -> str:
     return str(folder)
 
 
+def feature_folder(folder: Path, chat: Chat) -> str:
+    """A model that reads the reply alone, and what the reply says."""
+    folder.mkdir()
+    lm = new_causal_lm(smoke("scale.context=512").scale, len(chat.tokenizer), 3, 0.0, chat.end, chat.pad)
+    model = FeatureModel(lm, ("reply", "likelihood", "tokens"))
+    with torch.no_grad():
+        model.head.weight.copy_(floats(1, *model.head.weight.shape))
+    save_network(model, model.state_dict(), folder)
+    chat.save(folder)
+    return str(folder)
+
+
 def classifier_folder(folder: Path, chat: Chat, pad: int | None, labels: int = 1) -> str:
     torch.manual_seed(5)
     shape = LlamaConfig(vocab_size=len(chat.tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
@@ -102,6 +115,22 @@ def test_a_scalar_model_of_another_vocabulary_scores_the_same_text(policy: Chat,
         with torch.no_grad():
             direct = model.scores(torch.tensor([ids]), torch.tensor([len(ids)]))
         torch.testing.assert_close(found[n : n + 1], direct, atol=1e-5, rtol=1e-5)
+    assert len({round(score, 4) for score in found.tolist()}) == len(SAID)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the policy's tokenizer", "another"])
+def test_a_feature_model_reads_the_reply_where_it_stands(own: bool, policy: Chat, other: Chat, tmp_path: Path) -> None:
+    theirs = policy if own else other
+    path = feature_folder(tmp_path / "rm", theirs)
+    found = scored(path, policy, None if own else ReplyEncoder("model", Chat(load_tokenizer(path, "test")), 512, False))
+    model = load_reward_model(path, 0).eval()
+    assert isinstance(model, FeatureModel)
+    for n, (context, (_, reply), done) in enumerate(zip(contexts(), SAID, FINISHED, strict=True)):
+        prompt, said = theirs.prompt(context), theirs.text(reply) + ([theirs.end] if done else [])
+        mask = torch.tensor([[False] * len(prompt) + [True] * len(said)])
+        with torch.no_grad():
+            direct = model(torch.tensor([prompt + said]), torch.tensor([mask.shape[1]]), mask)
+        torch.testing.assert_close(found[n : n + 1], direct, atol=1e-4, rtol=1e-4)
     assert len({round(score, 4) for score in found.tolist()}) == len(SAID)
 
 

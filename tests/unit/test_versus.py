@@ -94,6 +94,16 @@ def test_a_model_as_good_as_tf_idf_differs_by_nothing_and_a_perfect_one_by_all_t
     assert best["pairwise_accuracy_difference_low"] == best["pairwise_accuracy_difference_high"]  # all rows have one context: one cluster
 
 
+def test_pairs_are_resampled_by_the_context_that_they_answer() -> None:
+    train = [ranked(0.0, 0.0)]  # the baseline knows nothing: one half of every pair
+    test = [ranked(0.0, 1.0, 2.0, context="a"), ranked(0.0, 1.0, context="b"), ranked(0.0, 0.0, context="c"), ranked(1.0, 0.0, context="b")]
+    found = versus.on_rankings([2.0, 1.0, 0.0, 1.0, 2.0, 0.0, 0.0, 2.0, 1.0], train, test, 0)  # right on all of a, wrong on all of b
+    assert found["pairwise_accuracy_difference"] == pytest.approx(3 / 5 - 0.5)
+    assert (found["pairwise_accuracy_difference_low"], found["pairwise_accuracy_difference_high"]) == (-0.5, 0.5)
+    mixed = versus.on_rankings([2.0, 1.0, 0.0, 1.0, 2.0, 0.0, 0.0, 1.0, 2.0], train, test, 0)  # b: one wrong, one right
+    assert (mixed["pairwise_accuracy_difference_low"], mixed["pairwise_accuracy_difference_high"]) == (0.0, 0.5)
+
+
 def test_judgements_are_compared_on_the_same_rows_and_resampled_by_context() -> None:
     train, test = judgements(0, 120, "nowhere"), judgements(1, 60, "nowhere")
     theirs = tfidf_judgement_scores(train, test)
