@@ -15,7 +15,7 @@ from orchestration import recipe, report
 
 TINY = ("runtime=local", "placement=cpu", "checks=strict", "logging.progress=false", "model.dtype=fp32", "scale.layers=1", "scale.width=16",
         "scale.heads=2", "scale.feed_forward=32", "scale.vocabulary=400", "scale.context=96", "data.heldout=6",
-        "data.heldout_preferences=20", "sft.steps=3", "sft.batch=8", "sft.eval_every=2", "ppo.batch=8", "ppo.steps=2",
+        "data.heldout_preferences=20", "sft.steps=3", "sft.batch=8", "sft.eval_every=2", "ppo.batch=12", "ppo.steps=2",
         "ppo.max_new_tokens=8", "evaluate.prompts=4", "evaluate.max_new_tokens=8")  # fmt: skip
 WORDS = "sun moon tree river stone bird cloud lamp".split()
 

@@ -32,6 +32,9 @@ def taskmaster(folder: Path) -> Path:
     for place in (folder, folder / "self-instruct"):
         place.mkdir(exist_ok=True)
         (place / "a.jsonl.gz").touch()
+    for place in ("demonstrations", "comparisons", "texts"):
+        (folder / place).mkdir()
+        (folder / place / "a.jsonl").touch()
     return folder
 
 

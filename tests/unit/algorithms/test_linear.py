@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def judged(seed: int, share_good: float = 0.85, strength: float = 1.0) -> tuple[
 
 
 def mean_loss(label: Tensor) -> Loss:
-    return lambda scores, rows: binary_cross_entropy_with_logits(scores, label[rows])
+    return lambda rows: lambda scores: binary_cross_entropy_with_logits(scores, label[rows])
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
@@ -40,7 +42,7 @@ def test_the_optimum_is_scikit_learns(penalty: float) -> None:
 def test_pairs_are_fitted_to_the_optimum_of_a_regression_on_differences() -> None:
     features = floats(3, 40, 3)
     better, worse = torch.arange(0, 40, 2), torch.arange(1, 40, 2)
-    found = fit_linear(features, torch.arange(40), lambda scores, rows: softplus(scores[worse] - scores[better]).mean(), 1e-2)
+    found = fit_linear(features, torch.arange(40), lambda rows: lambda scores: softplus(scores[worse] - scores[better]).mean(), 1e-2)
     difference = (features[better] - features[worse]).numpy()
     both, label = np.concatenate([difference, -difference]), np.repeat([1, 0], 20)
     model = LogisticRegression(C=1 / (1e-2 * 40), fit_intercept=False, tol=1e-10, max_iter=10_000).fit(both, label)
@@ -79,13 +81,16 @@ def recorded(
     """(what was chosen, for each measurement: rows learned from, rows measured on, mean loss)."""
     whole, learned, found = mean_loss(label), [], []
 
-    def loss(scores: Tensor, rows: Tensor) -> Tensor:
-        value = whole(scores, rows)
-        if scores.requires_grad:
-            learned[:] = [rows]
-        else:
-            found.append((learned[0], rows, float(value)))
-        return value
+    def loss(rows: Tensor) -> Callable[[Tensor], Tensor]:
+        def measure(scores: Tensor) -> Tensor:
+            value = whole(rows)(scores)
+            if scores.requires_grad:
+                learned[:] = [rows]
+            else:
+                found.append((learned[0], rows, float(value)))
+            return value
+
+        return measure
 
     return chosen_penalty(features, groups, loss, seed), found
 
