@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.algorithms.preference import comparable, pairwise_correct, pointwise_loss, ranking_loss
+from actors.algorithms.preference import comparable, pairs_loss, pairwise_correct, pointwise_loss, ranking_loss, untied_pairs
 from tests.fakes import floats, quickly
 
 GROUPS = {"seed": st.integers(0, 10**6), "sizes": st.lists(st.integers(1, 5), min_size=1, max_size=4)}
@@ -117,3 +117,15 @@ def test_gradients_of_both_losses_agree_with_finite_differences(seed: int) -> No
 def test_confident_and_wrong_scores_give_a_finite_loss() -> None:
     loss = ranking_loss(torch.tensor([-500.0, 500.0]), torch.zeros(2, dtype=torch.long), torch.tensor([0.0, 1.0]), 1.0)
     assert float(loss) == pytest.approx(1000.0)
+
+
+@quickly
+@given(margin=st.sampled_from([0.0, 0.3]), **GROUPS)
+def test_a_list_of_pairs_gives_the_same_loss(margin: float, seed: int, sizes: list[int]) -> None:
+    scores, group, rank = ranked(seed, sizes)
+    pairs = untied_pairs(group, rank)
+    assert sorted(zip(pairs.better.tolist(), pairs.worse.tolist(), strict=True)) == sorted(
+        pair for found in untied(group, rank).values() for pair in found
+    )
+    wanted = ranking_loss(scores, group, rank, float(len(sizes)), margin)
+    torch.testing.assert_close(pairs_loss(scores, pairs, margin), wanted)
