@@ -83,8 +83,9 @@ class FeatureModel(nn.Module):
                 input_ids=tokens, position_ids=positions(tokens), use_cache=False, output_hidden_states=True
             )  # fmt: skip
         context = (positions(tokens) < lengths[:, None]) & ~mask
+        every = torch.arange(len(lengths), device=lengths.device)
         read: dict[str, Callable[[], Tensor]] = {
-            "last": lambda: torch.cat([states[torch.arange(len(lengths)), lengths - 1] for states in output.hidden_states], dim=-1),
+            "last": lambda: torch.cat([states[every, lengths - 1] for states in output.hidden_states], dim=-1),
             "reply": lambda: torch.cat([mean_over(states, mask) for states in output.hidden_states], dim=-1),
             "context": lambda: torch.cat([mean_over(states, context) for states in output.hidden_states], dim=-1),
             "likelihood": lambda: self._likelihood(output.last_hidden_state, tokens, mask),

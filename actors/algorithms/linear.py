@@ -1,4 +1,4 @@
-"""A linear head fitted to its optimum: a convex problem, so neither seed nor learning rate has a say.
+"""A linear head fitted to its optimum: a convex problem, so no learning rate has a say, and the seed only in how the penalty is chosen.
 
 With few rows this beats training the whole network by gradient descent, which overfits before it has learned (BENCHMARKS.md).
 """

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from actors.batch import pad_rows
 from actors.models import HEAD_FILE, ScalarModel
-from actors.reward_network import FEATURE_HEAD_FILE, FeatureModel, load_reward_model
+from actors.reward_network import FEATURE_HEAD_FILE, FeatureModel, load_reward_model, score
 from actors.rewards.source import RewardError, Rows
 from actors.worker import make_engine
 from conf.schema import Config
@@ -52,10 +52,8 @@ class Scorer(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
         """[B, T] tokens padded on the right, [B] lengths, [B, T] where the reply is -> [B] float32."""
-        if isinstance(self.model, FeatureModel):
-            return self.model(tokens, lengths, mask)
-        if isinstance(self.model, ScalarModel):
-            return self.model.scores(tokens, lengths)
+        if isinstance(self.model, ScalarModel | FeatureModel):
+            return score(self.model, tokens, lengths, mask, self.model)
         pad = self.model.config.pad_token_id
         if pad is None:  # it could not tell padding from text: one row at a time has none
             rows = zip(tokens, lengths.tolist(), strict=True)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
@@ -83,6 +82,7 @@ def taskmaster(data: str, run_dir: str, overrides: list[str]) -> dict[str, tuple
     given = ["experiment=taskmaster_coffee", f"data.path={data}", f"run_dir={run_dir}", *overrides]
     if cli.main(["run", *given, "stage=sft"]) != 0:
         raise SystemExit("stage sft failed")
+    process_group_of_one()  # not before: the stage has its own processes
     settings = config.load(given)
     corpus = open_source(settings).load()
     folder = str(Path(run_dir) / "round_01/sft/checkpoint")
@@ -109,6 +109,7 @@ def hh(data: str, run_dir: str, overrides: list[str]) -> dict[str, tuple[list[An
     """For each way to make folds: the groups, and the two pairwise accuracies of a fold."""
     given = ["experiment=hh_harmless", f"data.path={data}", f"run_dir={run_dir}", "runtime=local", "placement=cpu"]
     settings = config.load([*given, *overrides])
+    process_group_of_one()
     corpus = open_source(settings).load()
     chat = starting_chat(settings, corpus)
     start = Path(run_dir) / "start"
@@ -142,8 +143,6 @@ def main() -> None:
     parser.add_argument("--folds", choices=("rows", "contexts"), nargs="*", default=["rows", "contexts"], help="how folds are made")
     parser.add_argument("--run-dir", default=None)
     wanted = parser.parse_args()
-    process_group_of_one()
-    torch.set_num_threads(max(torch.get_num_threads(), 1))
     run_dir = wanted.run_dir or f"runs/bench-preferences-{wanted.set}"
     ways = {"taskmaster": taskmaster, "hh": hh}[wanted.set](wanted.data, run_dir, wanted.overrides)
     for way in wanted.folds:

@@ -301,7 +301,8 @@ def test_nearest_lists_all_names_by_likeness() -> None:
     ],
 )
 def test_what_needs_no_critic_or_compares_no_replies_is_not_held_to_their_rules(overrides: list[str]) -> None:
-    configuration.load(["experiment=smoke", *overrides])
+    found = configuration.load(["experiment=smoke", *overrides])
+    assert ("critic" in found.roles_of_ppo()) == (found.ppo.advantage == "gae")
 
 
 def test_a_critic_is_counted_in_the_roles_ranks_only_where_there_is_one() -> None:

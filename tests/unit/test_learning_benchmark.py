@@ -88,4 +88,8 @@ def test_the_commands_can_be_met_and_sample_as_many_replies(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", STARTS)
 def test_what_they_start_from_can_be_made(name: str, tmp_path: Path) -> None:
-    configuration.load(["experiment=quickstart", *STARTS[name]], tmp_path)
+    wanted = dict(word.split("=", 1) for word in STARTS[name])
+    config = configuration.load(["experiment=quickstart", *STARTS[name]], tmp_path)
+    usual = configuration.load(["experiment=quickstart"], tmp_path)
+    changed = {"overoptimisation": lambda c: c.compare.prompts, "ptx": lambda c: c.pretrain.steps}[name]
+    assert wanted and changed(config) != changed(usual)
