@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 
 from actors import lora
 from actors.algorithms.logprobs import token_logprobs
-from conf.schema import Scale
+from conf.sizes import Scale
 
 HEAD_FILE = "scalar_head.safetensors"
 

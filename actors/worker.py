@@ -83,7 +83,7 @@ def process_group_of_one() -> None:
 def make_engine(config: Config, module: nn.Module, optimizer: Optimizer | None) -> Engine:
     """The module in an engine as the configuration wants it."""
     return Engine(
-        module, optimizer, zero_stage=config.zero_stage(), offload=config.engine.offload, dtype=config.model.dtype,
+        module, optimizer, zero_stage=config.zero_stage(), offload=config.offload_optimizer() != "none", dtype=config.dtype(),
         micro_batch=config.engine.micro_batch,
     )  # fmt: skip
 

@@ -9,101 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import Field
 
+from conf.machines import Cluster, Placement, Ray
 from conf.ppo import PPO
 from conf.settings import Count, NotNegative, Positive, Settings, Whole
+from conf.sizes import Engine, Model, Scale
 from conf.sources import FilesData, WorldData
 
 PPO_ROLES = ("policy", "critic", "reference", "reward", "rollout")
 STAGES = ("pretrain", "sft", "compare", "reward_model", "ppo", "evaluate")
-
-
-@dataclass(frozen=True)
-class Scale(Settings):
-    """The shape of a model built with random weights."""
-
-    name: str
-    """Name of the rung, for tables."""
-    architecture: Literal["llama", "opt"]
-    """Transformer family: `llama` for the small from-scratch rungs, `opt` for the GPT-3 ladder."""
-    layers: Count
-    """Transformer blocks."""
-    width: Count
-    """Width of the residual stream (d_model); a multiple of `heads`."""
-    heads: Count
-    """Attention heads."""
-    feed_forward: Count
-    """Inner width of each block's MLP."""
-    context: Count
-    """Longest sequence, prompt and reply together."""
-    vocabulary: Count
-    """Size of the byte-level BPE vocabulary that is learned when the tokenizer is made from the training data."""
-    zero_stage: Annotated[int, Ge(0), Le(3)]
-    """DeepSpeed ZeRO stage unless `engine.zero_stage` says otherwise."""
-    embedding: Whole = 0
-    """Width of the token embedding when it differs from `width` (OPT-350M's 512); 0: the same."""
-    post_layer_norm: bool = False
-    """Layer norm after each block instead of before (OPT-350M)."""
-
-
-@dataclass(frozen=True)
-class Model(Settings):
-    """Which language model the policy starts from."""
-
-    path: str | None
-    """A Hugging Face causal LM, by local path or hub name; null builds one of the `scale` with random weights."""
-    tokenizer: str | None
-    """A Hugging Face tokenizer, by local path or hub name; null takes the model's own, or learns one when the model is from scratch."""
-    dtype: Literal["fp32", "bf16"]
-    """Arithmetic of forward and backward passes; master weights are always fp32."""
-
-
-@dataclass(frozen=True)
-class RolePlacement(Settings):
-    """Where the ranks of one role run."""
-
-    ranks: Count
-    """Processes of this role; training roles shard over them by ZeRO."""
-    cpus: Positive
-    """CPUs that Ray reserves for each rank."""
-    gpus: NotNegative
-    """GPUs that Ray reserves for each rank; fractions share a device."""
-    threads: Count
-    """Threads of each rank's CPU arithmetic."""
-
-
-@dataclass(frozen=True)
-class Placement(Settings):
-    """How many ranks each role has and what each reserves."""
-
-    train: RolePlacement
-    """Ranks of the supervised and reward-model stages, run under Ray Train."""
-    policy: RolePlacement
-    """Ranks of the policy (the actor)."""
-    critic: RolePlacement
-    """Ranks of the critic (the value model)."""
-    reference: RolePlacement
-    """Ranks of the reference (the frozen SFT model)."""
-    reward: RolePlacement
-    """Ranks of the reward model."""
-    rollout: RolePlacement
-    """Rollout engines, which sample replies."""
-
-
-@dataclass(frozen=True)
-class Engine(Settings):
-    """DeepSpeed and memory."""
-
-    zero_stage: Annotated[int, Ge(0), Le(3)] | None
-    """ZeRO stage of every role that trains; null takes the scale's."""
-    offload: bool
-    """Keep optimizer state in CPU memory (ZeRO stages 1 to 3)."""
-    micro_batch: Count
-    """Sequences per forward and backward pass on one rank; less uses less memory and changes no result."""
-    rollout_batch: Count
-    """Replies that one rollout rank samples at once; less uses less memory for keys and values and changes no result."""
 
 
 @dataclass(frozen=True)
@@ -276,16 +192,6 @@ class Logging(Settings):
 
 
 @dataclass(frozen=True)
-class Ray(Settings):
-    """The Ray cluster."""
-
-    address: str | None
-    """A running cluster's address; null starts one in this machine and stops it at the end."""
-    object_store_mb: Count
-    """Object store of a cluster started here, in MiB."""
-
-
-@dataclass(frozen=True)
 class Config(Settings):
     """A whole run."""
 
@@ -307,8 +213,13 @@ class Config(Settings):
     """`ray`: roles are actors on a cluster. `local`: one rank per role, in this process, for a debugger."""
     checks: Literal["strict", "warn", "off"]
     """What PPO checks of itself. A check that fails: `strict` ends the run, `warn` is printed once; `off` checks nothing."""
+    preflight: Literal["strict", "warn", "off"]
+    """What is checked against the cluster before anything starts. What does not fit: `strict` ends the run, `warn` is printed; `off`
+    checks nothing."""
     scale: Scale
     """Model shape."""
+    reward_scale: Scale | None
+    """Shape of the reward model and the critic when it is not the policy's (scale@reward_scale=6.7b; needs reward_model.start=model)."""
     model: Model
     """Starting model and tokenizer."""
     placement: Placement
@@ -340,7 +251,9 @@ class Config(Settings):
     logging: Logging
     """Metrics."""
     ray: Ray
-    """Cluster."""
+    """The Ray cluster that is run on."""
+    cluster: Cluster
+    """The machines that are planned for."""
 
     def roles_of_ppo(self) -> list[str]:
         """The roles that PPO starts ranks for."""
@@ -354,3 +267,20 @@ class Config(Settings):
     def zero_stage(self) -> int:
         """The ZeRO stage in force."""
         return self.scale.zero_stage if self.engine.zero_stage is None else self.engine.zero_stage
+
+    def dtype(self) -> Literal["fp32", "bf16"]:
+        """The arithmetic in force."""
+        return self.model.dtype or self.scale.dtype
+
+    def offload_optimizer(self) -> Literal["none", "cpu", "nvme"]:
+        """Where optimizer states are."""
+        return self.engine.offload_optimizer or self.scale.offload_optimizer
+
+    def offload_parameters(self) -> Literal["none", "cpu", "nvme"]:
+        """Where parameters rest."""
+        return self.engine.offload_parameters or self.scale.offload_parameters
+
+    def activation_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass."""
+        chosen = self.engine.activation_checkpointing
+        return self.scale.activation_checkpointing if chosen is None else chosen

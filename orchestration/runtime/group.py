@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.worker import Worker
-from conf.schema import RolePlacement
+from conf.machines import RolePlacement
 from orchestration.runtime.dispatch import Pieces
 
 

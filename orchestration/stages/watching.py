@@ -80,7 +80,7 @@ class Watch:
         """
         if self.config.checks == "off":
             return {}
-        dtype = self.config.model.dtype
+        dtype = self.config.dtype()
         first = checks.before_learning(figures, dtype) if step == 0 else []
         measured = [checks.zero_point(zero, dtype)] if zero is not None else []
         return self.check([*checks.every_step(figures, dtype, step), *first, *measured])
@@ -92,7 +92,7 @@ class Watch:
         if self.config.checks == "off" or self.updates > 1:
             return {}
         own = not figures.get("old_from_behaviour")
-        found = self.check(checks.first_update(figures, self.config.model.dtype, self._own_micro_batches())) if own else {}
+        found = self.check(checks.first_update(figures, self.config.dtype(), self._own_micro_batches())) if own else {}
         passed = [f"{name} {r['seen']:.2g}" for name, r in self.checked.items() if r["passed"]]
         if not self.said:
             self.context.metrics.say(f"  checks passed: {len(passed)} of {len(self.checked)} ({', '.join(passed)})")

@@ -87,8 +87,8 @@ WRONG_TYPE = (
     "sft.steps=3.5",
     "sft.steps=true",
     "sft.steps=null",
-    "engine.offload=1",
-    "engine.offload=yes_please",
+    "engine.offload_optimizer=1",
+    "engine.offload_optimizer=yes_please",
     "run_dir=3",
     "ppo=3",
 )

@@ -1,0 +1,83 @@
+"""The model's shape, and how DeepSpeed and memory treat it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from conf.settings import Count, Settings, Whole
+
+
+@dataclass(frozen=True)
+class Scale(Settings):
+    """The shape of a model built with random weights."""
+
+    name: str
+    """Name of the rung, for tables."""
+    architecture: Literal["llama", "opt"]
+    """Transformer family: `llama` for the small from-scratch rungs, `opt` for the GPT-3 ladder."""
+    layers: Count
+    """Transformer blocks."""
+    width: Count
+    """Width of the residual stream (d_model); a multiple of `heads`."""
+    heads: Count
+    """Attention heads."""
+    feed_forward: Count
+    """Inner width of each block's MLP."""
+    context: Count
+    """Longest sequence, prompt and reply together."""
+    vocabulary: Count
+    """Size of the byte-level BPE vocabulary that is learned when the tokenizer is made from the training data."""
+    zero_stage: Annotated[int, Ge(0), Le(3)]
+    """DeepSpeed ZeRO stage unless `engine.zero_stage` says otherwise."""
+    offload_optimizer: Literal["none", "cpu", "nvme"]
+    """Where optimizer states are, unless `engine.offload_optimizer` says otherwise."""
+    offload_parameters: Literal["none", "cpu", "nvme"]
+    """Where parameters rest, unless `engine.offload_parameters` says otherwise."""
+    dtype: Literal["fp32", "bf16"]
+    """Arithmetic, unless `model.dtype` says otherwise."""
+    activation_checkpointing: bool
+    """Whether blocks are computed again in the backward pass, unless `engine.activation_checkpointing` says otherwise."""
+    embedding: Whole = 0
+    """Width of the token embedding when it differs from `width` (OPT-350M's 512); 0: the same."""
+    post_layer_norm: bool = False
+    """Layer norm after each block instead of before (OPT-350M)."""
+
+
+@dataclass(frozen=True)
+class Model(Settings):
+    """Which language model the policy starts from."""
+
+    path: str | None
+    """A Hugging Face causal LM, by local path or hub name; null builds one of the `scale` with random weights."""
+    tokenizer: str | None
+    """A Hugging Face tokenizer, by local path or hub name; null takes the model's own, or learns one when the model is from scratch."""
+    dtype: Literal["fp32", "bf16"] | None
+    """Arithmetic of forward and backward passes; master weights are always fp32. null takes the scale's."""
+
+
+@dataclass(frozen=True)
+class Engine(Settings):
+    """DeepSpeed and memory."""
+
+    zero_stage: Annotated[int, Ge(0), Le(3)] | None
+    """ZeRO stage of every role that trains; null takes the scale's."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] | None
+    """Where master weights and optimizer states are kept: on the device, in host memory (ZeRO stages 1 to 3), or in files below
+    `engine.nvme_path` (stage 3); null takes the scale's."""
+    offload_parameters: Literal["none", "cpu", "nvme"] | None
+    """Where parameters rest while they are not computed with, of models that train and of frozen ones (ZeRO stage 3); null takes the
+    scale's."""
+    nvme_path: str | None
+    """Folder on a fast local disk, on every node, for what is offloaded to `nvme`."""
+    activation_checkpointing: bool | None
+    """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more arithmetic; null
+    takes the scale's."""
+    micro_batch: Count
+    """Sequences per forward and backward pass on one rank; less uses less memory and changes no result."""
+    shard_mb: Count
+    """Size at which an exported checkpoint goes on in another file, MB; also what loading and exporting hold at once, at most."""
+    rollout_batch: Count
+    """Replies that one rollout rank samples at once; less uses less memory for keys and values and changes no result."""
