@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.algorithms.calibration import BINS, calibration_error, describe, pairs
+from actors.algorithms.calibration import BINS, Pairs, calibration_error, describe, pairs
 from actors.algorithms.preference import ranking_loss
 from tests.fakes import quickly
 
@@ -50,6 +50,62 @@ def test_the_error_is_the_weighted_gap_of_the_bins() -> None:
     assert BINS == 10
     assert calibration_error(probability, outcome) == pytest.approx((2 * 0.45 + 0.05) / 3)
     assert math.isnan(calibration_error(torch.zeros(0), torch.zeros(0)))
+
+
+def error_of(probabilities: list[float], outcomes: list[float], edges: list[float]) -> float:
+    """The expected calibration error, by a loop over the bins' edges."""
+    total = 0.0
+    for low, high in pairwise(edges):
+        last = high == edges[-1]
+        inside = [(p, y) for p, y in zip(probabilities, outcomes, strict=True) if low <= p and (p < high or last)]
+        if inside:
+            mean, share = (sum(column) / len(inside) for column in zip(*inside, strict=True))
+            total += len(inside) / len(probabilities) * abs(mean - share)
+    return total
+
+
+@pytest.mark.parametrize("low", [0.0, 0.5])
+def test_each_probability_falls_into_its_own_bin(low: float) -> None:
+    """Neighbouring bins err in opposite directions: a probability in the wrong one would cancel another's error."""
+    edges = [low + (1 - low) * place / BINS for place in range(BINS + 1)]
+    width = edges[1] - edges[0]
+    probabilities = [edge + width * part for edge in edges[:-1] for part in (0.05, 0.95)] + [1.0]
+    outcomes = [float(number // 2 % 2) for number in range(2 * BINS)] + [1.0]
+    wanted = error_of(probabilities, outcomes, edges)
+    assert calibration_error(torch.tensor(probabilities), torch.tensor(outcomes), low) == pytest.approx(wanted, abs=1e-6)
+    if low == 0.0:
+        assert calibration_error(torch.tensor(probabilities), torch.tensor(outcomes)) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_probabilities_out_of_the_range_count_in_the_nearest_bin() -> None:
+    probability, outcome = torch.tensor([0.2, 0.52, 0.9]), torch.tensor([1.0, 0.0, 1.0])
+    assert calibration_error(probability, outcome, low=0.5) == pytest.approx((abs(0.8 - 0.52) + 0.1) / 3, abs=1e-6)
+    assert calibration_error(probability[:1], outcome[:1]) == pytest.approx(0.8)
+
+
+def test_of_equal_scores_one_half_is_right_and_nobody_is_sure() -> None:
+    found = pairs(torch.tensor([1.0, 1.0, 2.0, 1.0]), torch.tensor([0, 0, 1, 1]), torch.tensor([0.0, 1.0] * 2), torch.ones(4))
+    assert found.right.tolist() == [0.5, 1.0]
+    assert found.probability[0] == 0.5
+    figures = describe(found)
+    assert figures["share_unsure"] == 0.5
+    assert figures["accuracy_unsure"] == 0.5
+
+
+def test_the_error_of_pairs_is_counted_from_one_half() -> None:
+    found = Pairs(torch.tensor([0.52, 0.57, 0.97]), torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3))
+    assert describe(found)["calibration_error"] == pytest.approx((0.48 + 0.57 + 0.03) / 3, abs=1e-6)
+
+
+def test_a_confidence_range_holds_its_low_end_and_not_its_high_end() -> None:
+    figures = describe(Pairs(torch.tensor([0.5, 0.6, 0.8, 1.0], dtype=torch.float64), torch.ones(4), torch.zeros(4)))
+    assert [figures[f"share_{name}"] for name in ("unsure", "leaning", "sure")] == [0.25, 0.25, 0.5]
+
+
+def test_one_token_longer_is_longer_and_not_the_same_length() -> None:
+    figures = describe(Pairs(torch.full((2,), 0.7), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])))
+    assert figures["accuracy_longer_preferred"] == 1.0
+    assert figures["accuracy_same_length"] == 0.0
 
 
 def test_accuracy_by_confidence_and_by_length() -> None:

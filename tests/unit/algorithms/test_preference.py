@@ -129,3 +129,20 @@ def test_a_list_of_pairs_gives_the_same_loss(margin: float, seed: int, sizes: li
     )
     wanted = ranking_loss(scores, group, rank, float(len(sizes)), margin)
     torch.testing.assert_close(pairs_loss(scores, pairs, margin), wanted)
+
+
+def test_a_list_of_pairs_asks_for_no_margin_unless_told() -> None:
+    group, rank, scores = torch.zeros(3), torch.tensor([0.0, 2.0, 1.0]), torch.tensor([0.3, -0.2, 0.9])
+    torch.testing.assert_close(pairs_loss(scores, untied_pairs(group, rank)), ranking_loss(scores, group, rank, 1.0))
+
+
+def test_pairs_keep_the_precision_of_the_ranks() -> None:
+    rank = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    found = untied_pairs(torch.zeros(3), rank)
+    assert found.weight.dtype == found.steps.dtype == torch.float64
+    assert found.weight.tolist() == [1 / 3] * 3
+
+
+def test_a_judgement_of_one_half_weighs_as_a_negative_one() -> None:
+    half = pointwise_loss(torch.tensor([0.4]), torch.tensor([0.5]), 3.0, 1.0)
+    torch.testing.assert_close(half, pointwise_loss(torch.tensor([0.4]), torch.tensor([0.5]), 1.0, 1.0))

@@ -56,3 +56,9 @@ def test_the_order_is_normalise_clip_penalty() -> None:
     rewards = shape_rewards(normalised(scores, Moments.of(scores)), torch.zeros(4, 1), mask, 0.0, 1.0, finished, 2.0)[:, 0]
     below = float(-25 / scores.std(unbiased=False))
     assert rewards.tolist() == pytest.approx([below, below, below - 2, 1.0 - 2])
+
+
+def test_of_nothing_the_deviation_is_0_and_scores_that_are_all_but_equal_are_still_told_apart() -> None:
+    assert Moments().std() == 0.0
+    near = torch.tensor([1.0, 1.0 + 1e-6], dtype=torch.float64)
+    torch.testing.assert_close(normalised(near, Moments.of(near)), torch.tensor([-1.0, 1.0], dtype=torch.float64), atol=1e-3, rtol=0)
