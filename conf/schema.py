@@ -122,8 +122,12 @@ class Compare(Settings):
 class RewardModel(Learning):
     """Learning a reward from comparisons or judgements."""
 
-    start: Literal["sft", "model"]
-    """`sft`: the SFT model. `model`: what `model` names, or random weights and a tokenizer learned from the data; needs no SFT stage."""
+    start: Literal["sft", "model", "own"]
+    """`sft`: the SFT model. `model`: what `model` names, or random weights and a tokenizer learned from the data; needs no SFT stage.
+    `own`: a model of another size than the policy, from `reward_model.path` or with random weights of the shape `reward_scale`; it reads
+    the SFT model's tokens, and so can seed the critic (InstructGPT: 6B beside 175B)."""
+    path: str | None
+    """With `start=own`: a Hugging Face causal LM with the policy's tokenizer, by local path or hub name."""
     features: Annotated[tuple[Literal["last", "reply", "context", "likelihood", "tokens"], ...], MinLen(1)]
     """What the score is a linear function of. `last` alone, trained whole: the state after the last token (InstructGPT). Otherwise groups
     that weigh the same: all layers' states after the `last` token, and means of them over the `reply` and over the `context`; `likelihood`:
@@ -219,7 +223,7 @@ class Config(Settings):
     scale: Scale
     """Model shape."""
     reward_scale: Scale | None
-    """Shape of the reward model and the critic when it is not the policy's (scale@reward_scale=6.7b; needs reward_model.start=model)."""
+    """Shape of the reward model and the critic when it is not the policy's (scale@reward_scale=6.7b; needs reward_model.start=own)."""
     model: Model
     """Starting model and tokenizer."""
     placement: Placement

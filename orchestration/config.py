@@ -184,9 +184,11 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
         pretrain = located(data.pretrain, path) if data.pretrain else None
         data = dataclasses.replace(data, path=path, mix=tuple(located(part, path) for part in data.mix), pretrain=pretrain)
     model = dataclasses.replace(config.model, path=if_local(config.model.path), tokenizer=if_local(config.model.tokenizer))
+    reward_model = dataclasses.replace(config.reward_model, path=if_local(config.reward_model.path))
     ppo = dataclasses.replace(config.ppo, rewards=tuple(reward_sources.with_absolute_paths(s, base) for s in config.ppo.rewards))
     return dataclasses.replace(
         config, run_dir=str((base / config.run_dir).resolve()), data=data, model=model, ppo=ppo,
+        reward_model=reward_model,
         policy_checkpoint=if_local(config.policy_checkpoint), reward_checkpoint=if_local(config.reward_checkpoint),
     )  # fmt: skip
 
@@ -199,6 +201,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _pretraining(config)
     yield from _adapters(config)
     yield from _features(config)
+    yield from _reward_size(config)
     yield from _ppo(config)
     yield from _choices(config)
     yield from _guard(config)
@@ -376,6 +379,21 @@ def _choices(config: Config) -> Iterable[str]:
         yield "logging.wandb=online: no WANDB_API_KEY in the environment; log in, or use logging.wandb=offline"
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         yield "logging.tensorboard=true: the package tensorboard is not installed; pip install tensorboard"
+
+
+def _reward_size(config: Config) -> Iterable[str]:
+    """A reward model of another size than the policy."""
+    start, path, scale = config.reward_model.start, config.reward_model.path, config.reward_scale
+    if start == "own" and path is None and scale is None:
+        yield "reward_model.start=own: of which size? Set reward_model.path, or a shape with scale@reward_scale=<scale>"
+    if start != "own":
+        for setting, value in (("reward_model.path", path), ("reward_scale", scale and scale.name)):
+            if value is not None:
+                yield f"{setting}={value}: it counts with reward_model.start=own only, and that is {start}"
+    if start == "own" and path is None and config.lora.trains("reward_model"):
+        yield "lora.roles: stage reward_model starts from random weights, which adapters leave as they are; set reward_model.path"
+    if path and path.startswith(("/", ".")) and not (Path(path) / "config.json").exists():
+        yield f"reward_model.path={path}: no Hugging Face checkpoint there (no config.json)"
 
 
 def _guard(config: Config) -> Iterable[str]:

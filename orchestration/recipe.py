@@ -36,8 +36,10 @@ SECTIONS = {
     "evaluate": ("seed", "evaluate"),
 }
 """The settings that decide a stage's result. Ranks, memory, logging and deadlines do not."""
-NO_PART = {"scale": ("name", "zero_stage"), "sft": ("packing", "pack_length"), "ppo": ("judge",)}
-"""Settings of those sections that decide nothing: a name, ways to shard and to save padding, and what is only measured."""
+MEMORY = ("name", "zero_stage", "offload_optimizer", "offload_parameters", "activation_checkpointing", "dtype")
+NO_PART = {"scale": MEMORY, "reward_scale": MEMORY, "sft": ("packing", "pack_length"), "ppo": ("judge",)}
+"""Settings of those sections that decide nothing: a name, ways to shard and to save padding, and what is only measured. The arithmetic in
+force stands with the model."""
 
 
 ADAPTED = {"sft": ("sft",), "reward_model": ("reward_model",), "ppo": ("policy", "critic")}
@@ -129,12 +131,15 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
     for source in inputs_of(name, config):
         named = {"sft": config.policy_checkpoint, "reward_model": config.reward_checkpoint}.get(source)
         inputs[source] = named or directory.output_of(source)
-    sections = [*SECTIONS[name], *(["scale"] if name == "reward_model" and config.reward_model.start == "model" else [])]
+    own = {"model": ["scale"], "own": ["reward_scale"]}.get(config.reward_model.start, []) if name == "reward_model" else []
+    sections = [*SECTIONS[name], *own]
     plain = {section: settings[section] for section in sections}
     if adapted := [role for role in ADAPTED.get(name, ()) if config.lora.trains(role)]:
         plain["lora"] = settings["lora"] | {"roles": adapted}
     for section in plain.keys() & NO_PART.keys():
-        plain[section] = {key: value for key, value in plain[section].items() if key not in NO_PART[section]}
+        plain[section] = {key: value for key, value in (plain[section] or {}).items() if key not in NO_PART[section]}
+    if "model" in plain:
+        plain["model"] = plain["model"] | {"dtype": config.dtype()}
     if name == "ppo":
         plain["ppo"] = plain["ppo"] | {"rewards": reward_sources.identity(settings["ppo"]["rewards"])}
     if name == "evaluate" and config.ppo.rewards:

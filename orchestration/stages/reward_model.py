@@ -1,7 +1,7 @@
 """Stage 3, the reward model: learned from rankings or judgements, started from the SFT model with a scalar head.
 
 Recorded preferences are taken from the data themselves, so the stage can run without `compare`; with `reward_model.start=model` it needs
-no SFT model either.
+no SFT model either. With `own` it is of another size than the policy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
-from orchestration.stages.start import context_length, starting_chat, starting_model
+from orchestration.stages.start import context_length, own_reward_model, starting_chat, starting_model
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, float]:
     context.metrics.begin("reward_model", steps)
     result = run_training(settings, task, context.directory, tail(context.directory.metrics, context.metrics.record))
     context.directory.extend(chat.save)
-    if learning.start == "model":
+    if learning.start != "sft":
         shutil.rmtree(start)
     scores = json.loads((context.directory.checkpoint / SCORES_FILE).read_text(encoding="utf-8"))
     return result | found.figures | found.beside(scores) | {"demonstrations_up_to": longest_shown}
@@ -71,10 +71,20 @@ def _start(context: StageContext) -> tuple[Path, Chat, int]:
     config = context.config
     if config.reward_model.start == "sft":
         return context.input("sft"), context.chat, context.longest
-    chat = starting_chat(config, context.corpus)
     folder = context.directory.path / "start"
-    starting_model(config, chat, 0.0).save_pretrained(folder)
-    return folder, chat, context_length(config)
+    if config.reward_model.start == "model":
+        chat = starting_chat(config, context.corpus)
+        starting_model(config, chat, 0.0).save_pretrained(folder)
+        return folder, chat, context_length(config)
+    lm = own_reward_model(config, context.chat)
+    longest = int(getattr(lm.config, "max_position_embeddings", context.longest))
+    if longest < context.longest:
+        raise RequestError(
+            f"reward_model.start=own: the reward model takes {longest} tokens and the policy {context.longest}; choose a reward_scale or "
+            "reward_model.path with at least the policy's context"
+        )
+    lm.save_pretrained(folder)
+    return folder, context.chat, context.longest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,20 +25,32 @@ def starting_model(config: Config, chat: Chat, dropout: float):
     Raises:
         RequestError: no causal LM can be loaded from `model.path`, or the tokenizer has more tokens than it knows.
     """
-    vocabulary = len(chat.tokenizer)
     if config.model.path is None:
-        return new_causal_lm(config.scale, vocabulary, config.seed, dropout, chat.end, chat.pad)
+        return new_causal_lm(config.scale, len(chat.tokenizer), config.seed, dropout, chat.end, chat.pad)
+    return _named(config.model.path, "model", chat)
+
+
+def own_reward_model(config: Config, chat: Chat):
+    """What a reward model of another size than the policy starts from.
+
+    Raises:
+        RequestError: no causal LM can be loaded from `reward_model.path`, or it knows fewer tokens than the policy.
+    """
+    if config.reward_model.path is not None:
+        return _named(config.reward_model.path, "reward_model", chat)
+    assert config.reward_scale is not None  # refused with the request
+    return new_causal_lm(config.reward_scale, len(chat.tokenizer), config.seed, 0.0, chat.end, chat.pad)
+
+
+def _named(path: str, section: str, chat: Chat):
     try:
-        lm = load_causal_lm(config.model.path)
+        lm = load_causal_lm(path)
     except (OSError, ValueError) as cause:
-        raise RequestError(
-            f"model.path={config.model.path}: no causal LM can be loaded from there ({str(cause).splitlines()[0][:200]})"
-        ) from cause
-    rows = len(next(lm.get_input_embeddings().parameters()))
+        raise RequestError(f"{section}.path={path}: no causal LM can be loaded from there ({str(cause).splitlines()[0][:200]})") from cause
+    vocabulary, rows = len(chat.tokenizer), len(next(lm.get_input_embeddings().parameters()))
     if vocabulary > rows:
-        raise RequestError(
-            f"model.tokenizer: it has {vocabulary} tokens, the model's embedding {rows} rows; take the model's own tokenizer"
-        )
+        remedy = "take the model's own tokenizer" if section == "model" else "take a model with the policy's tokenizer"
+        raise RequestError(f"{section}.path={path}: the tokenizer has {vocabulary} tokens, the model's embedding {rows} rows; {remedy}")
     lm.config.eos_token_id = lm.generation_config.eos_token_id = chat.end
     lm.config.pad_token_id = lm.generation_config.pad_token_id = chat.pad
     return lm

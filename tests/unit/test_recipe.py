@@ -16,6 +16,8 @@ from tests.fakes import smoke, with_section
         ("simulated", "sft", ("sft", "compare")),
         ("recorded", "sft", ("sft",)),
         ("recorded", "model", ()),
+        ("recorded", "own", ("sft",)),
+        ("simulated", "own", ("sft", "compare")),
     ],
 )
 def test_the_reward_model_needs_the_stages_that_it_takes_something_from(labeler: str, start: str, wanted: tuple[str, ...]) -> None:
@@ -25,10 +27,31 @@ def test_the_reward_model_needs_the_stages_that_it_takes_something_from(labeler:
     assert inputs_of("ppo", config) == ("sft", "reward_model")
 
 
-def lora_in_identity(stage: str, *overrides: str) -> Any:
+def settings_in_identity(stage: str, *overrides: str) -> dict[str, Any]:
     directory = SimpleNamespace(output_of=lambda name: None)
     shared = SimpleNamespace(source=SimpleNamespace(fingerprint=lambda: {}))
-    return identity(stage, smoke(*overrides), directory, shared)["settings"].get("lora")  # type: ignore[arg-type]
+    return identity(stage, smoke(*overrides), directory, shared)["settings"]  # type: ignore[arg-type]
+
+
+def lora_in_identity(stage: str, *overrides: str) -> Any:
+    return settings_in_identity(stage, *overrides).get("lora")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])
+def test_how_memory_is_shared_out_is_no_part_of_the_identity_and_arithmetic_is(stage: str) -> None:
+    before = settings_in_identity(stage)
+    memory = ("engine.zero_stage=3", "scale.zero_stage=2", "scale.offload_optimizer=cpu", "engine.offload_parameters=cpu",
+              "scale.activation_checkpointing=true", "placement=two_cores", "preflight=off")  # fmt: skip
+    assert settings_in_identity(stage, *memory, "runtime=ray") == before
+    assert settings_in_identity(stage, "model.dtype=null", "scale.dtype=bf16") != before
+    assert settings_in_identity(stage, "model.dtype=null", "scale.dtype=fp32") == before
+
+
+def test_a_reward_models_own_shape_is_part_of_its_identity_alone() -> None:
+    own = ("reward_model.start=own", "scale@reward_scale=micro")
+    assert settings_in_identity("reward_model", *own)["reward_scale"]["layers"] == 2
+    assert settings_in_identity("reward_model", *own) != settings_in_identity("reward_model", *own, "reward_scale.layers=1")
+    assert "reward_scale" not in settings_in_identity("sft", *own)
 
 
 def test_adapters_are_part_of_the_identity_of_the_stages_that_train_them_alone() -> None:
