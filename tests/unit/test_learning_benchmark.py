@@ -83,7 +83,7 @@ STARTS = {"overoptimisation": overoptimisation.WEAK, "ptx": ptx.START}
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_commands_can_be_met_and_sample_as_many_replies(name: str, tmp_path: Path) -> None:
     config = configuration.load(settings_of(*COMMANDS[name]), tmp_path)
-    assert (config.ppo.batch, config.ppo.minibatches, config.ppo.kl.controller) == (128, 4, "fixed")
+    assert (config.ppo.batch, config.ppo.minibatches, config.ppo.kl.controller) == (256 if name.startswith("learning") else 128, 4, "fixed")
 
 
 @pytest.mark.parametrize("name", STARTS)
