@@ -20,6 +20,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from tests.ranks import Ranks  # noqa: E402  # after the variables above, which DeepSpeed reads when it is imported
+
 Chatray = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -52,6 +54,19 @@ def real_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """So many ranks of a process group, started when first asked for and kept to the end."""
+    started: dict[int, Ranks] = {}
+
+    def of(count: int) -> Ranks:
+        return started.setdefault(count, started.get(count) or Ranks(count))
+
+    yield of
+    for group in started.values():
+        group.stop()
 
 
 def ray_processes() -> list[psutil.Process]:

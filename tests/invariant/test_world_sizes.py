@@ -1,0 +1,111 @@
+"""A state that some ranks saved at some ZeRO stage goes on with any other number of ranks at any other stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.batch import Dialogues
+from actors.engine import Engine, Optimizer
+from actors.learning import optimizer_step
+from actors.models import LanguageModel, new_causal_lm
+from actors.sharded_state import save_snapshot
+from actors.worker import make_engine
+from conf.schema import Config
+from tests.fakes import END, PAD, VOCABULARY, dialogues, smoke
+from tests.ranks import Ranks
+
+ROWS, SAVED_AFTER, STEPS = 8, 2, 4
+OFFLOADED = ("engine.offload_optimizer=cpu", "engine.offload_parameters=cpu")
+Cell = tuple[int, bool]
+"""ZeRO stage, and whether everything is offloaded."""
+
+
+def config(cell: Cell) -> Config:
+    """Weights of the feed-forward layers are large enough for ZeRO-3 to partition them, the others are not."""
+    stage, offload = cell
+    wide = ("scale.width=48", "scale.heads=2", "scale.feed_forward=256", f"engine.zero_stage={stage}", "engine.micro_batch=3")
+    return smoke(*wide, *(OFFLOADED if offload else ()))
+
+
+def engine(cell: Cell, seed: int = 0) -> Engine:
+    settings = config(cell)
+    lm = new_causal_lm(settings.scale, VOCABULARY, seed, 0.0, END, PAD)
+    found = make_engine(settings, LanguageModel(lm), Optimizer(1e-2, 0.1, 1.0, 1e-4))
+    found.train(False)
+    return found
+
+
+def learn(of: Engine, rank: int, ranks: int, step: int) -> tuple[float, float]:
+    """(loss, norm of the gradients) of this step's batch, of which each rank has its part."""
+    whole = dialogues(step, ROWS)
+    rows, tokens, total = whole.select(slice(rank, None, ranks)).trimmed(), float(whole.mask.sum()), torch.zeros(())
+
+    def loss(piece: Dialogues) -> Tensor:
+        return -of(piece.tokens, piece.mask)[0][piece.mask].sum() / tokens
+
+    norm = optimizer_step(of, [(loss, rows)], 3, 1e-2, total)
+    return float(of.sum_over_ranks(total)), norm
+
+
+def saved(rank: int, ranks: int, cell: Cell, folder: Path) -> list[tuple[float, float]]:
+    """Learn, save on the way, and go on to the end."""
+    subject, curve = engine(cell), []
+    for step in range(STEPS):
+        if step == SAVED_AFTER:
+            subject.save_state(folder)
+            save_snapshot(subject.snapshot(version=step), folder / "snapshot")
+        curve.append(learn(subject, rank, ranks, step))
+    return [*curve[SAVED_AFTER:], of_all(subject)]
+
+
+def resumed(rank: int, ranks: int, cell: Cell, folder: Path) -> list[Any]:
+    """A model with other weights takes up the state, and goes on to the end."""
+    subject = engine(cell, seed=9)
+    learn(subject, rank, ranks, 7)  # whatever stood there before does not matter
+    subject.load_state(folder)
+    taken_up = of_all(subject)
+    curve = [learn(subject, rank, ranks, step) for step in range(SAVED_AFTER, STEPS)]
+    ended = of_all(subject)
+    found = subject.load_snapshot(folder / "snapshot")
+    assert found
+    subject.restore(found)
+    for (name, tensor), (_, before) in zip(of_all(subject).items(), taken_up.items(), strict=True):
+        assert torch.equal(tensor, before), f"{name} of the snapshot is not what was saved with it"
+    return [*curve, ended]
+
+
+def of_all(subject: Engine) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in subject.weights().items()}
+
+
+def check(ranks: Callable[[int], Ranks], folder: Path, writers: tuple[int, Cell], readers: tuple[int, Cell]) -> None:
+    wanted = ranks(writers[0]).run(saved, writers[1], folder)[0]
+    for found in ranks(readers[0]).run(resumed, readers[1], folder):
+        assert [pytest.approx(figure, rel=1e-4) for figure in wanted[:-1]] == found[:-1]
+        for name, tensor in wanted[-1].items():
+            torch.testing.assert_close(found[-1][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+CELLS = ((0, False), (1, False), (2, False), (2, True), (3, False), (3, True))
+IN_BRIEF = [
+    ((2, (0, False)), (1, (0, False))), ((1, (2, False)), (2, (2, False))), ((2, (3, False)), (1, (3, False))),
+    ((2, (2, False)), (2, (3, True))), ((2, (3, True)), (1, (0, False))), ((1, (0, False)), (2, (2, True))),
+]  # fmt: skip
+ALL = [
+    ((writers, before), (readers, after))
+    for writers, readers in itertools.product((1, 2, 4), repeat=2)
+    for before, after in itertools.product(CELLS, repeat=2)
+    if (before == after or {writers, readers} in ({2, 4}, {4})) and ((writers, before), (readers, after)) not in IN_BRIEF
+]
+
+
+@pytest.mark.parametrize(("writers", "readers"), [*IN_BRIEF, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL)])
+def test_a_state_goes_on_with_other_ranks_at_another_stage(ranks, tmp_path: Path, writers, readers) -> None:
+    check(ranks, tmp_path, writers, readers)
