@@ -46,7 +46,7 @@ class Partitions:
         """
         self.engine, self.optimizer, self.stage = engine, engine.optimizer, int(engine.zero_optimization_stage())
         self.named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-        self.flat = all(hasattr(p, "_hp_mapping") for p in self.named.values())
+        self.flat = self.stage < 3 and all(hasattr(p, "_hp_mapping") for p in self.named.values())
         self.adam = getattr(self.optimizer, "optimizer", self.optimizer)  # without ZeRO, in fp32, there is nothing around it
         self.parts = self._sub_groups() if self.stage == 3 else self._flat() if self.flat else self._whole()
 
@@ -61,7 +61,9 @@ class Partitions:
         return [Part(copies.get(p, p), (runs[name],), 0) for name, p in self.named.items()]
 
     def _copies(self) -> dict[nn.Parameter, Tensor]:
-        """The float32 copies of bf16 parameters."""
+        """The float32 copies of bf16 parameters, by the parameter, where DeepSpeed keeps them one by one."""
+        if self.stage > 0:
+            return {}
         groups = zip(getattr(self.optimizer, "fp16_groups", ()), getattr(self.optimizer, "fp32_groups", ()), strict=True)
         return {low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
 
@@ -118,23 +120,11 @@ class Partitions:
             self.adam.state[part.tensor] = state
         state["step"] = torch.full_like(state["step"], steps) if isinstance(state["step"], Tensor) else steps
 
-    def rewriting(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def rewriting(self) -> Iterator[None]:
         """While the parts are written to; when it ends, the module's weights are those that were written. All ranks must call."""
-        return self._rewriting_sub_groups() if self.stage == 3 else self._rewriting_replicas()
-
-    @contextlib.contextmanager
-    def _rewriting_sub_groups(self) -> Iterator[None]:
-        self.optimizer._partition_all_parameters()
-        yield
-        self._gather_small()
-
-    def _gather_small(self) -> None:
-        """Parameters that are too small to be gathered each time are kept whole on every rank."""
-        if small := self.optimizer.persistent_parameters:
-            small[0].all_gather(small)
-
-    @contextlib.contextmanager
-    def _rewriting_replicas(self) -> Iterator[None]:
+        if self.stage == 3:
+            self.optimizer._partition_all_parameters()  # gathered copies are stale from now on; the next forward pass gathers anew
         yield
         if self.flat:
             self.optimizer.update_lp_params()
@@ -160,7 +150,6 @@ class Partitions:
             for name, p in self.named.items():
                 with self._partition(p, changes=True) as held:
                     held[: len(runs[name])].copy_(runs[name])
-            self._gather_small()
             return
         ranks = dist.get_world_size()
         for name, p in self.named.items():

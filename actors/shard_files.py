@@ -87,7 +87,7 @@ class ShardWriter:
         return text + b" " * (-len(text) % 8)
 
     def __enter__(self) -> ShardWriter:
-        self.file = open(self.path, "wb")  # noqa: SIM115  # closed by __exit__
+        self.file = open(self.path, "wb")  # closed by __exit__
         self.file.write(len(self.header).to_bytes(8, "little") + self.header)
         return self
 

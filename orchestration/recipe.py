@@ -36,8 +36,12 @@ SECTIONS = {
     "evaluate": ("seed", "evaluate"),
 }
 """The settings that decide a stage's result. Ranks, memory, logging and deadlines do not."""
-NO_PART = {"scale": ("name", "zero_stage"), "sft": ("packing", "pack_length"), "ppo": ("judge",)}
-"""Settings of those sections that decide nothing: a name, ways to shard and to save padding, and what is only measured."""
+NO_PART = {
+    "scale": ("name", "zero_stage", "offload_optimizer", "offload_parameters", "activation_checkpointing", "dtype"),
+    "sft": ("packing", "pack_length"), "ppo": ("judge",),
+}  # fmt: skip
+"""Settings of those sections that decide nothing: a name, ways to shard and to save memory or padding, and what is only measured. The
+arithmetic does decide; what is in force stands as `model.dtype`, whether the scale or the setting says so."""
 
 
 ADAPTED = {"sft": ("sft",), "reward_model": ("reward_model",), "ppo": ("policy", "critic")}
@@ -131,6 +135,10 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
         inputs[source] = named or directory.output_of(source)
     sections = [*SECTIONS[name], *(["scale"] if name == "reward_model" and config.reward_model.start == "model" else [])]
     plain = {section: settings[section] for section in sections}
+    if "model" in plain:
+        plain["model"] = plain["model"] | {"dtype": config.dtype()}
+    if name == "reward_model" and "scale" in plain:
+        plain["scale"] = settings["reward_scale"] or settings["scale"]
     if adapted := [role for role in ADAPTED.get(name, ()) if config.lora.trains(role)]:
         plain["lora"] = settings["lora"] | {"roles": adapted}
     for section in plain.keys() & NO_PART.keys():

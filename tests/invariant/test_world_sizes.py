@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from actors.batch import Dialogues
 from actors.engine import Engine, Optimizer
+from actors.language_task import LanguageTask
 from actors.learning import optimizer_step
-from actors.models import LanguageModel, new_causal_lm
+from actors.models import LanguageModel, new_causal_lm, save_model
 from actors.sharded_state import save_snapshot
+from actors.trainer import train
 from actors.worker import make_engine
 from conf.schema import Config
-from tests.fakes import END, PAD, VOCABULARY, dialogues, smoke
+from orchestration.run_directory import StageDirectory, read_records
+from orchestration.runtime.train import DirectorySession
+from tests.fakes import END, PAD, VOCABULARY, dialogues, smoke, with_section
 from tests.ranks import Ranks
 
 ROWS, SAVED_AFTER, STEPS = 8, 2, 4
@@ -109,3 +115,50 @@ ALL = [
 @pytest.mark.parametrize(("writers", "readers"), [*IN_BRIEF, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL)])
 def test_a_state_goes_on_with_other_ranks_at_another_stage(ranks, tmp_path: Path, writers, readers) -> None:
     check(ranks, tmp_path, writers, readers)
+
+
+class Stopping(DirectorySession):
+    """Ends like a killed run, right after the commit of `SAVED_AFTER`."""
+
+    def commit(self, step: int, save: Any, memory: dict[str, Any]) -> None:
+        super().commit(step, save, memory)
+        if step == SAVED_AFTER:
+            raise KilledError
+
+
+class KilledError(Exception):
+    pass
+
+
+def trained(rank: int, ranks: int, stage: int, lm: Path, folder: Path, killed: bool = False) -> None:
+    """SFT in a stage's folder, measured at every step."""
+    settings = with_section(config((stage, False)), "sft", steps=STEPS, batch=ROWS, eval_every=1, dropout=0.0, lr=5e-3, warmup=0)
+    settings = with_section(settings, "commit", every=1)
+    task = LanguageTask(settings, str(lm), dialogues(0, 5 * ROWS), dialogues(1, ROWS), dialogues(2, ROWS), 99)
+    with contextlib.suppress(KilledError):
+        train(settings, task, (Stopping if killed else DirectorySession)(rank, ranks, StageDirectory(folder, keep=1)))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), (1, 3)), ((1, 3), (2, 0)), pytest.param((4, 3), (2, 2), marks=pytest.mark.slow)]
+)  # (ranks, ZeRO stage)
+def test_supervised_training_that_was_stopped_goes_on_along_the_same_curve(ranks, tmp_path: Path, before, after) -> None:
+    save_lm(tmp_path / "lm")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    ranks(before[0]).run(trained, before[1], tmp_path / "lm", whole)
+    ranks(before[0]).run(trained, before[1], tmp_path / "lm", stopped, True)
+    ranks(after[0]).run(trained, after[1], tmp_path / "lm", stopped)
+    wanted, found = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (whole, stopped))
+    for name in wanted.keys() & found.keys():  # tied output weights are in the file of some stages only
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=1e-4)
+    curves = [read_records(folder / "metrics.jsonl") for folder in (whole, stopped)]
+    for one, other in zip(*curves, strict=True):
+        assert other == pytest.approx(one | {"seconds": other["seconds"]}, rel=1e-4)
+
+
+def save_lm(folder: Path) -> None:
+    model = LanguageModel(new_causal_lm(config((0, False)).scale, VOCABULARY, 0, 0.0, END, PAD))
+    folder.mkdir()
+    save_model(model, model.state_dict(), folder)
