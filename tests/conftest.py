@@ -8,9 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "chatray"
@@ -20,7 +24,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.ranks import Ranks  # noqa: E402  # after the variables above, which DeepSpeed reads when it is imported
 
 Chatray = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -59,6 +62,8 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """So many ranks of a process group, started when first asked for and kept to the end."""
+    from tests.ranks import Ranks  # not above: it imports DeepSpeed, which most tests can do without
+
     started: dict[int, Ranks] = {}
 
     def of(count: int) -> Ranks:
