@@ -24,7 +24,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-
 Chatray = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -67,7 +66,9 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     started: dict[int, Ranks] = {}
 
     def of(count: int) -> Ranks:
-        return started.setdefault(count, started.get(count) or Ranks(count))
+        if count not in started:
+            started[count] = Ranks(count)
+        return started[count]
 
     yield of
     for group in started.values():
