@@ -22,10 +22,13 @@ if not torch.cuda.is_available():  # must stand before the import: DeepSpeed pic
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 
+from actors.sharded_state import Snapshot, load_snapshot, load_state, restore_snapshot, save_state, take_snapshot
+
 # DeepSpeed would compile a shared-memory all-reduce when it first meets gloo: half a minute, and a compiler that may not be there.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 BETAS = (0.9, 0.95)
+STATE_FOLDER = "engine"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,6 @@ class Engine:
             return
         settings = _settings(module, optimizer, zero_stage, offload, dtype == "bf16" and not self.autocast, micro_batch)
         trained = [p for p in module.parameters() if p.requires_grad]
-        self.partly_frozen = len(trained) < len(list(module.parameters()))
         self.deepspeed, *_ = deepspeed.initialize(model=module, config=settings, model_parameters=trained or None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,29 +146,37 @@ class Engine:
         return GatheredParameters([parameter], modifier_rank=0) if self.zero_stage == 3 else contextlib.nullcontext()
 
     def save_state(self, folder: Path) -> None:
-        """Weights that are trained, optimizer and step, for an exact resume by the same number of ranks; every rank must call. Frozen
-        weights of a model that is trained in part are not saved: it starts from the same ones."""
-        frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-
-        def without_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
-            for name in frozen:  # DeepSpeed's own `exclude_frozen_parameters` leaves in the second name of a tied embedding
-                state.pop(prefix + name, None)
-
-        hook = self.module.register_state_dict_post_hook(without_frozen)
-        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=self.partly_frozen)
-        hook.remove()
+        """What is trained, Adam's moments and all counts, each rank its share; every rank must call. Frozen weights of a model that is
+        trained in part are not saved: it starts from the same ones."""
+        save_state(self.deepspeed, folder / STATE_FOLDER)
 
     def load_state(self, folder: Path) -> None:
-        """The inverse of `save_state`.
+        """The inverse of `save_state`, by any number of ranks at any ZeRO stage; exact, bit by bit, where both are as they were.
 
         Raises:
-            FileNotFoundError: the folder holds no state of this engine.
+            FileNotFoundError: the folder holds no state of an engine, or not all of it.
+            ValueError: it is the state of another model.
         """
-        found = None
-        if (folder / "engine").is_dir():
-            found, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine", load_module_strict=not self.partly_frozen)
-        if found is None:
-            raise FileNotFoundError(f"no engine state in {folder}")
+        try:
+            load_state(self.deepspeed, folder / STATE_FOLDER)
+        except FileNotFoundError as cause:
+            raise FileNotFoundError(f"no engine state in {folder}: {cause}") from cause
+
+    def snapshot(self, version: int) -> Snapshot:
+        """The trained weights as they are now, of which each rank keeps its share. Every rank must call."""
+        return take_snapshot(self.deepspeed, version)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a snapshot's weights back, into a model that will not be trained further; every rank must call, each with its share."""
+        restore_snapshot(self.deepspeed, snapshot)
+
+    def load_snapshot(self, folder: Path) -> Snapshot | None:
+        """This rank's share of what `save_snapshot` wrote with any number of ranks; None if the folder is not there.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        return load_snapshot(self.deepspeed, folder)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """All-reduced sum; the `Reduce` of `actors.algorithms.masking`."""

@@ -23,10 +23,11 @@ from actors.batch import Batch, Dialogues, Experience, Rollouts, join_rows
 from actors.engine import Optimizer
 from actors.learning import minibatches, optimizer_step
 from actors.sample_figures import Ranks, sample_figures
-from actors.weight_sync import WeightUpdate, pack, unpack
+from actors.sharded_state import Snapshot, save_snapshot
+from actors.weight_sync import WeightUpdate, pack
 from actors.worker import Worker, export, language_model, make_engine, warmed_up
 
-BEFORE_FILE = "before.pt"
+BEFORE_FOLDER = "before"
 """The weights sent to the engines before those in the saved engine state."""
 
 
@@ -52,7 +53,7 @@ class Policy(Worker):
         self.engine = make_engine(self.config, lora.adapted(self.config, "policy", language_model(self.checkpoint)), optimizer)
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
         self.described: dict[str, float] = {}
-        self.sent: list[WeightUpdate] = []
+        self.sent: list[Snapshot] = []
         self.version: int | None = None
         """Version of the weights as they are now; None once they have learned, until they are sent again."""
 
@@ -206,31 +207,31 @@ class Policy(Worker):
         return loss
 
     def weights(self, version: int) -> WeightUpdate:
-        """All weights for the rollout engines; every rank must call. The last two are kept, to be able to go back: of a model with
-        adapters, the adapters alone."""
-        state = self.engine.weights()
-        update = pack(lora.merged(self.engine.module, state), version)
-        kept = pack(self.engine.weights(frozen=False), version) if self.config.lora.trains("policy") else update
-        self.sent, self.version = [*self.sent[-1:], kept], version
+        """All weights for the rollout engines; every rank must call."""
+        update = pack(lora.merged(self.engine.module, self.engine.weights()), version)
+        self._remember(version)
         return update
+
+    def _remember(self, version: int) -> None:
+        """Keep this rank's share of the weights that were sent, and of those before, to be able to go back."""
+        self.sent, self.version = [*self.sent[-1:], self.engine.snapshot(version)], version
 
     def go_back(self) -> int:
         """Take back the weights sent before the last ones, for export and not for training on; returns their version."""
-        self.engine.set_weights(unpack(self.sent[0]))
+        self.engine.restore(self.sent[0])
         return self.sent[0].version
 
     def save_state(self, folder: str) -> None:
         """Resume state: the engine's, and the weights to go back to."""
         self.engine.save_state(Path(folder))
-        if self.spec.rank == 0 and self.sent:
-            torch.save({"version": self.sent[0].version, "weights": unpack(self.sent[0])}, Path(folder) / BEFORE_FILE)
+        if self.sent:
+            save_snapshot(self.sent[0], Path(folder) / BEFORE_FOLDER)
 
     def load_state(self, folder: str) -> None:
-        """The inverse of `save_state`."""
+        """The inverse of `save_state`, by any number of ranks."""
         self.engine.load_state(Path(folder))
-        if (Path(folder) / BEFORE_FILE).exists():
-            before = torch.load(Path(folder) / BEFORE_FILE, weights_only=True)
-            self.sent = [pack(before["weights"], before["version"])]
+        if before := self.engine.load_snapshot(Path(folder) / BEFORE_FOLDER):
+            self.sent = [before]
 
     def export(self, folder: str) -> None:
         export(self.engine, Path(folder), self.spec.rank)

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.batch import Batch
 from actors.engine import Engine, Optimizer
 from actors.learning import optimizer_step
 from actors.reward_network import save_network
+from actors.sharded_state import Snapshot, save_snapshot
 from actors.worker import make_engine
 from conf.schema import SFT, Config, Pretrain, RewardModel
 
-BEST_FILE = "best.safetensors"
+BEST_FOLDER = "best"
 
 
 class Session(Protocol):
@@ -104,7 +104,7 @@ def train(config: Config, task: Task, session: Session) -> dict[str, float]:
             best = _measure(task, engine, progress, best, step + 1, figures)
         session.report(step + 1, figures)
         if (step + 1) % config.commit.every == 0 and not last:
-            session.commit(step + 1, _saver(engine, best, session.rank), dict(vars(progress)))
+            session.commit(step + 1, _saver(engine, best), dict(vars(progress)))
     _restore(engine, best)
     figures, texts = task.finish(engine)
     weights = engine.weights()
@@ -131,8 +131,8 @@ def _step(config: Config, task: Task, engine: Engine, session: Session, step: in
 
 
 def _measure(
-    task: Task, engine: Engine, progress: Progress, best: dict[str, Tensor], step: int, figures: dict[str, float]
-) -> dict[str, Tensor]:
+    task: Task, engine: Engine, progress: Progress, best: Snapshot | None, step: int, figures: dict[str, float]
+) -> Snapshot | None:
     """Held-out figures; keeps the best weights and decides on early stopping."""
     engine.train(False)
     with torch.no_grad():
@@ -140,37 +140,31 @@ def _measure(
     figures.update({f"heldout_{name}": value for name, value in held_out.items()})
     if held_out["loss"] < progress.best_loss:
         progress.best_loss, progress.best_step, progress.stale = held_out["loss"], step, 0
-        return {name: tensor.clone() for name, tensor in engine.weights(frozen=False).items()}
+        return engine.snapshot(step)
     progress.stale += 1
     progress.stopped = progress.stale >= task.settings.patience
     return best
 
 
-def _saver(engine: Engine, best: dict[str, Tensor], rank: int) -> Callable[[Path], None]:
+def _saver(engine: Engine, best: Snapshot | None) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         engine.save_state(folder)
-        if rank == 0 and best:
-            save_file(_untied(best), folder / BEST_FILE)
+        if best:
+            save_snapshot(best, folder / BEST_FOLDER)
 
     return save
 
 
-def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, since safetensors refuses tensors that share memory (tied embeddings)."""
-    return {name: tensor.clone().contiguous() for name, tensor in weights.items()}
-
-
-def _resumed(engine: Engine, session: Session) -> tuple[Progress, dict[str, Tensor], int]:
+def _resumed(engine: Engine, session: Session) -> tuple[Progress, Snapshot | None, int]:
     found = session.resume()
     if found is None:
-        return Progress(), {}, 0
+        return Progress(), None, 0
     step, folder, memory = found
     engine.load_state(folder)
-    best = load_file(folder / BEST_FILE) if (folder / BEST_FILE).exists() else {}
-    return Progress(**memory), best, step
+    return Progress(**memory), engine.load_snapshot(folder / BEST_FOLDER), step
 
 
-def _restore(engine: Engine, best: dict[str, Tensor]) -> None:
+def _restore(engine: Engine, best: Snapshot | None) -> None:
     if best:
-        engine.set_weights(best)
+        engine.restore(best)
     engine.train(False)

@@ -8,9 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "chatray"
@@ -52,6 +56,23 @@ def real_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """So many ranks of a process group, started when first asked for and kept to the end."""
+    from tests.ranks import Ranks  # not above: it imports DeepSpeed, which most tests can do without
+
+    started: dict[int, Ranks] = {}
+
+    def of(count: int) -> Ranks:
+        if count not in started:
+            started[count] = Ranks(count)
+        return started[count]
+
+    yield of
+    for group in started.values():
+        group.stop()
 
 
 def ray_processes() -> list[psutil.Process]:

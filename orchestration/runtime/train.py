@@ -45,7 +45,7 @@ class DirectorySession:
         save(folder)
         dist.barrier()
         if self.rank == 0:
-            self.directory.seal_state(step, memory | {"ranks": self.world_size})
+            self.directory.seal_state(step, memory)
 
     def resume(self) -> tuple[int, Path, dict[str, Any]] | None:
         point = self.directory.last()
@@ -54,13 +54,7 @@ class DirectorySession:
         dist.barrier()
         if point is None:
             return None
-        memory = dict(point.memory)
-        if (ranks := memory.pop("ranks")) != self.world_size:
-            raise RuntimeError(
-                f"placement.train.ranks={self.world_size}: the commit of step {point.step} was made by {ranks} ranks; go on with as many, "
-                f"or start the stage again with from={self.directory.path.name}"
-            )
-        return point.step, point.folder, memory
+        return point.step, point.folder, point.memory
 
     def export(self, save: Callable[[Path], None]) -> None:
         if self.rank == 0:

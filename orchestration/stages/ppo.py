@@ -222,11 +222,6 @@ class Loop:
         if point is None:
             self.sync(0)
             return 0
-        if point.memory["ranks"] != self.ranks():
-            raise RequestError(
-                f"{', '.join(f'placement.{name}.ranks' for name in self.learners)}: the commit of step {point.step} was made by "
-                f"{point.memory['ranks']} ranks, now there are {self.ranks()}; go on with as many, or start the stage again with from=ppo"
-            )
         self.guard.rollbacks = point.memory.get("rollbacks", [])
         self.load(point, point.memory["beta"])
         return point.step
@@ -257,9 +252,6 @@ class Loop:
         self.load(point, beta)
         return point.step
 
-    def ranks(self) -> list[int]:
-        return [getattr(self.config.placement, name).ranks for name in self.learners]
-
     def commit(self, step: int) -> None:
         """Everything a resume needs: the engines with their optimizers, beta, and the scores' moments. Prompts and samples follow from
         seed and step."""
@@ -269,7 +261,7 @@ class Loop:
         self.context.directory.seal_state(step, self.memory(self.controller.beta, self.seen_before))
 
     def memory(self, beta: float, scores: Moments) -> dict[str, Any]:
-        return {"beta": beta, "ranks": self.ranks(), "rollbacks": self.guard.rollbacks, "scores": asdict(scores)}
+        return {"beta": beta, "rollbacks": self.guard.rollbacks, "scores": asdict(scores)}
 
     def export(self) -> None:
         """The policy in Hugging Face form, with its tokenizer and template."""

@@ -46,6 +46,13 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
         psutil.wait_procs([psutil.Process(process.pid)], timeout=POLL)
 
 
+def shorten(run: Path, steps: int) -> None:
+    """Make it the same run, only not 2000 steps long."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["ppo"]["identity"]["settings"]["ppo"]["steps"] = steps
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The run's rank processes, newest last."""
     found = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("ray::RayRank")]
@@ -80,9 +87,7 @@ def test_a_killed_driver_leaves_nothing_running_and_the_same_command_goes_on(smo
     committed = stage.last()
     assert committed is not None
     before = read_records(run / "round_01/ppo/metrics.jsonl")
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["stages"]["ppo"]["identity"]["settings"]["ppo"]["steps"] = committed.step + 2
-    (run / "manifest.json").write_text(json.dumps(manifest))  # the same run, only not 2000 steps long
+    shorten(run, committed.step + 2)
     done = chatray(
         "run", "experiment=smoke", "stage=ppo", f"run_dir={run}", f"ppo.steps={committed.step + 2}", "commit.every=2", cwd=tmp_path
     )
@@ -102,6 +107,30 @@ def test_a_dead_rank_ends_the_run_at_once_with_its_name(smoke_run: Path, tmp_pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 0 died in" in errors and "goes on from the last commit" in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 3)), ((1, 3), (2, 2))])  # (ranks, ZeRO stage)
+def test_a_run_goes_on_with_other_ranks_at_another_zero_stage(
+    smoke_run: Path, tmp_path: Path, chatray: Chatray, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    def words(ranks: int, stage: int) -> list[str]:
+        return [f"placement.policy.ranks={ranks}", f"placement.critic.ranks={ranks}", f"engine.zero_stage={stage}"]
+
+    run = prepared(smoke_run, tmp_path)
+    process = launched(run, *words(*before))
+    stage = RunDirectory(run, 1).stage("ppo")
+    until(stage.last, process)
+    ranks_of(process)[-1].kill()
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1, errors
+    committed = stage.last()
+    assert committed is not None
+    shorten(run, committed.step + 2)
+    more = (f"run_dir={run}", f"ppo.steps={committed.step + 2}", "commit.every=2", *words(*after))
+    done = chatray("run", "experiment=smoke", "stage=ppo", *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert steps_of(run) == list(range(1, committed.step + 3))
 
 
 def test_a_hung_rank_is_named_when_the_deadline_passes(smoke_run: Path, tmp_path: Path) -> None:

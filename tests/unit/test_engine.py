@@ -131,3 +131,52 @@ def test_gradients_that_are_not_finite_stop_the_step_at_every_stage(stage: int, 
     subject.backward(subject(torch.ones(1, 4)).sum() * value, last=True)
     with pytest.raises(FloatingPointError):
         subject.step(0.1)
+
+
+def named(*names: str, width: int = 4) -> Engine:
+    process_group_of_one()
+    module = nn.ModuleDict({name: nn.Linear(width, 2) for name in names})
+    return Engine(module, Optimizer(0.1, 0.0, 1.0), zero_stage=2, offload=False, dtype="fp32", micro_batch=2)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (("one", "more"), "more.bias is trained in this model and not in the state"),
+        ((), "two.bias is in the state and not trained in this model"),
+    ],
+)
+def test_a_state_of_a_model_with_other_names_is_refused(other: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    named("one", *(("two",) if not other else ())).save_state(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        named(*(other or ("one",))).load_state(tmp_path)
+
+
+def test_a_state_of_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
+    named("one").save_state(tmp_path)
+    with pytest.raises(ValueError, match=r"one.weight has shape \[2, 4\] there, and shape \[2, 5\] in this model"):
+        named("one", width=5).load_state(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_state_from_before_the_first_step_is_a_fresh_start(stage: int, tmp_path: Path) -> None:
+    one, other = engine(stage), engine(stage, seed=9)
+    one.save_state(tmp_path)
+    learn(other, 5)  # what Adam kept of this must not be there afterwards
+    other.load_state(tmp_path)
+    for subject in (one, other):
+        learn(subject, 0)
+    for name, tensor in weights(one).items():
+        assert torch.equal(weights(other)[name], tensor)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_buffers_and_counters_come_back(stage: int, tmp_path: Path) -> None:
+    one, other = engine(stage), engine(stage, seed=9)
+    for subject, value in ((one, 7.0), (other, 0.0)):
+        subject.module.register_buffer("mean", torch.full((3,), value))
+    learn(one, 0)
+    one.save_state(tmp_path)
+    other.load_state(tmp_path)
+    assert other.module.get_buffer("mean").tolist() == [7.0] * 3
+    assert other.deepspeed.global_steps == one.deepspeed.global_steps == 1

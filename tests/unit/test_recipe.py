@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from conf.rewards import FunctionReward, ModelReward
+from conf.schema import STAGES, Config
 from orchestration.recipe import identity, inputs_of, stages_of
 from tests.fakes import smoke, with_section
 
@@ -27,31 +28,43 @@ def test_the_reward_model_needs_the_stages_that_it_takes_something_from(labeler:
     assert inputs_of("ppo", config) == ("sft", "reward_model")
 
 
-def settings_in_identity(stage: str, *overrides: str) -> dict[str, Any]:
+def identity_of(stage: str, config: Config) -> dict[str, Any]:
     directory = SimpleNamespace(output_of=lambda name: None)
     shared = SimpleNamespace(source=SimpleNamespace(fingerprint=lambda: {}))
-    return identity(stage, smoke(*overrides), directory, shared)["settings"]  # type: ignore[arg-type]
+    return identity(stage, config, directory, shared)["settings"]  # type: ignore[arg-type]
 
 
 def lora_in_identity(stage: str, *overrides: str) -> Any:
-    return settings_in_identity(stage, *overrides).get("lora")
+    return identity_of(stage, smoke(*overrides)).get("lora")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])
-def test_how_memory_is_shared_out_is_no_part_of_the_identity_and_arithmetic_is(stage: str) -> None:
-    before = settings_in_identity(stage)
-    memory = ("engine.zero_stage=3", "scale.zero_stage=2", "scale.offload_optimizer=cpu", "engine.offload_parameters=cpu",
-              "scale.activation_checkpointing=true", "placement=two_cores", "preflight=off")  # fmt: skip
-    assert settings_in_identity(stage, *memory, "runtime=ray") == before
-    assert settings_in_identity(stage, "model.dtype=null", "scale.dtype=bf16") != before
-    assert settings_in_identity(stage, "model.dtype=null", "scale.dtype=fp32") == before
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("engine.zero_stage=3", "engine.offload_optimizer=cpu", "engine.offload_parameters=cpu", "engine.activation_checkpointing=true"),
+        ("scale.zero_stage=3", "scale.offload_optimizer=cpu", "scale.offload_parameters=cpu", "scale.activation_checkpointing=true"),
+        ("runtime=ray", *(f"placement.{role}.ranks=2" for role in ("train", "policy", "critic", "reference", "reward", "rollout"))),
+        ("engine.micro_batch=2", "engine.shard_mb=7", "engine.rollout_batch=3", "placement.sleep=true", "placement.interface=lo"),
+        ("scale.dtype=bf16",),  # model.dtype=fp32 is in force
+    ],
+)
+def test_ranks_sharding_and_ways_to_save_memory_make_no_other_stage(words: tuple[str, ...]) -> None:
+    for stage in STAGES:
+        assert identity_of(stage, smoke(*words)) == identity_of(stage, smoke()), stage
+
+
+def test_the_arithmetic_in_force_is_part_of_what_a_stage_is() -> None:
+    own = smoke("model.dtype=null", "scale.dtype=bf16")
+    for stage in ("sft", "reward_model", "ppo"):
+        assert identity_of(stage, own) == identity_of(stage, smoke("model.dtype=bf16")) != identity_of(stage, smoke())
 
 
 def test_a_reward_models_own_shape_is_part_of_its_identity_alone() -> None:
     own = ("reward_model.start=own", "scale@reward_scale=micro")
-    assert settings_in_identity("reward_model", *own)["reward_scale"]["layers"] == 2
-    assert settings_in_identity("reward_model", *own) != settings_in_identity("reward_model", *own, "reward_scale.layers=1")
-    assert "reward_scale" not in settings_in_identity("sft", *own)
+    assert identity_of("reward_model", smoke(*own))["reward_scale"]["layers"] == 2
+    assert identity_of("reward_model", smoke(*own)) != identity_of("reward_model", smoke(*own, "reward_scale.layers=1"))
+    assert identity_of("reward_model", smoke(*own)) == identity_of("reward_model", smoke(*own, "reward_scale.zero_stage=3"))
+    assert "reward_scale" not in identity_of("sft", smoke(*own))
 
 
 def test_adapters_are_part_of_the_identity_of_the_stages_that_train_them_alone() -> None:
