@@ -262,6 +262,7 @@ def connect(config: Config, scratch: str) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray puts the driver's working directory first on every worker's path, where a folder of the user's named `conf` or `actors` would
     # hide ours. The run directory holds neither.
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     os.chdir(config.run_dir)
     try:
         if config.ray.address:

@@ -134,6 +134,6 @@ def _too_few(bundle: Bundle, wanted: Sequence[Bundle], given: Sequence[tuple[flo
     shapes = [f"{cpus:g} CPU {gpus:g} GPU" for cpus, gpus in given[first:]]
     return (
         f"the placement group that this run was started in has {len(shapes)} bundles beside the driver's own "
-        f"({'; '.join(shapes) or 'none'}), and none is left for {names}, which needs {bundle.cpus:g} CPU and {bundle.gpus:g} GPU. Give it {len(wanted)} bundles after the "
-        "driver's, as orchestration/bundles.py lists them, or choose a smaller `placement`."
+        f"({'; '.join(shapes) or 'none'}), and none is left for {names}, which needs {bundle.cpus:g} CPU and {bundle.gpus:g} GPU. "
+        f"Give it {len(wanted)} bundles after the driver's, as orchestration/bundles.py lists them, or choose a smaller `placement`."
     )
