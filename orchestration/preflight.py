@@ -157,8 +157,8 @@ def _object_store(config: Config, seen: Survey) -> Iterator[Finding]:
     for machine in seen.machines:
         if not config.ray.address and config.runtime == "ray" and machine.node.shm < store:
             yield Finding(
-                f"{machine.node.name}: /dev/shm has {in_gib(machine.node.shm)}, less than ray.object_store_mb={config.ray.object_store_mb}: "
-                "Ray will keep objects on disk, which is slow; lower it, or start the container with a larger --shm-size",
+                f"{machine.node.name}: /dev/shm has {in_gib(machine.node.shm)}, less than "
+                f"ray.object_store_mb={config.ray.object_store_mb}: Ray will keep objects on disk, which is slow; lower it, or start the container with a larger --shm-size",
                 grave=False,
             )
 
@@ -167,8 +167,8 @@ def _devices(seen: Survey) -> Iterator[Finding]:
     for machine in seen.machines:
         if machine.node.gpus > len(machine.gpus):
             yield Finding(
-                f"{machine.node.name}: Ray offers {machine.node.gpus:g} GPUs, the driver shows {len(machine.gpus)}: nothing is known of their "
-                "memory; see `nvidia-smi` there",
+                f"{machine.node.name}: Ray offers {machine.node.gpus:g} GPUs, the driver shows {len(machine.gpus)}: nothing is known "
+                "of their memory; see `nvidia-smi` there",
                 grave=False,
             )
 

@@ -85,8 +85,9 @@ def inspect(run_dir: str, token: str = "", name: str | None = None) -> Machine:
         name: what the node is called; by default the host's name.
     """
     gpus = show_gpus()
+    smallest = min((gpu.memory for gpu in gpus), default=0)
     node = Node(
-        name or socket.gethostname(), cpu_limit(), float(len(gpus)), gpus[0].name if gpus else "none", min((g.memory for g in gpus), default=0),
+        name or socket.gethostname(), cpu_limit(), float(len(gpus)), gpus[0].name if gpus else "none", smallest,
         memory_limit(), free("/dev/shm", total=True), free(run_dir),
     )  # fmt: skip
     found = Path(run_dir) / token if token else None
