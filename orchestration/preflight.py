@@ -158,7 +158,8 @@ def _object_store(config: Config, seen: Survey) -> Iterator[Finding]:
         if not config.ray.address and config.runtime == "ray" and machine.node.shm < store:
             yield Finding(
                 f"{machine.node.name}: /dev/shm has {in_gib(machine.node.shm)}, less than "
-                f"ray.object_store_mb={config.ray.object_store_mb}: Ray will keep objects on disk, which is slow; lower it, or start the container with a larger --shm-size",
+                f"ray.object_store_mb={config.ray.object_store_mb}: Ray will keep objects on disk, which is slow; lower it, or start the "
+                "container with a larger --shm-size",
                 grave=False,
             )
 

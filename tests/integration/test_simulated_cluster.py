@@ -29,6 +29,8 @@ from orchestration.runtime.group import RoleRequest
 from orchestration.runtime.reservation import reserve
 
 NODES, GPUS, CPUS = 16, 8, 96
+NODES_SECONDS = 300.0
+"""For all nodes to start; two busy cores need a while."""
 FORK_SERVER = ROOT / "tests" / "fork_server.py"
 SPLIT = {"policy": 64, "critic": 24, "reference": 16, "reward": 8, "rollout": 2}
 """Ranks of each role; an engine has 8 devices."""
@@ -67,16 +69,18 @@ def cluster() -> Iterator[Cluster]:
                 patch.setenv(name, value)
             node = {"num_cpus": CPUS, "num_gpus": GPUS, "object_store_memory": 80 << 20, "setup_worker_path": str(FORK_SERVER)}
             started = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-            for _ in range(NODES - 1):
-                started.add_node(wait=False, **node)
-            started.wait_for_nodes()
-            ray.init(address=started.address, log_to_driver=False, logging_level="ERROR", namespace="chatray")
-            yield started
-            ray.shutdown()
-            started.shutdown()
-        with socket.socket(socket.AF_UNIX) as stop:
-            stop.connect(address)
-        server.wait(timeout=20)
+            try:
+                for _ in range(NODES - 1):
+                    started.add_node(wait=False, **node)
+                started.wait_for_nodes(timeout=NODES_SECONDS)
+                ray.init(address=started.address, log_to_driver=False, logging_level="ERROR", namespace="chatray")
+                yield started
+            finally:
+                ray.shutdown()
+                started.shutdown()
+                with socket.socket(socket.AF_UNIX) as stop:
+                    stop.connect(address)
+                server.wait(timeout=20)
     left = wait_until_gone(lambda: [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and _of_ray(p)])
     assert not left, left
 
