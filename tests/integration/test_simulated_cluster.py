@@ -32,7 +32,7 @@ NODES, GPUS, CPUS = 16, 8, 96
 NODES_SECONDS = 300.0
 """For all nodes to start; two busy cores need a while."""
 FORK_SERVER = ROOT / "tests" / "fork_server.py"
-SPLIT = {"policy": 64, "critic": 24, "reference": 16, "reward": 8, "rollout": 2}
+SPLIT = {"policy": 64, "critic": 16, "reference": 8, "reward": 8, "rollout": 4}
 """Ranks of each role; an engine has 8 devices."""
 
 ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not have the tests on their path
@@ -40,7 +40,7 @@ ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not have the t
 
 def settings(folder: Path, *words: str) -> Config:
     chosen = ["experiment=smoke", "scale=175b", f"run_dir={folder}", "ray.address=connected", "preflight=strict", "ppo.batch=128",
-              "ppo.minibatches=1", "sft.batch=128", "reward_model.batch=128", "evaluate.prompts=128"]  # fmt: skip
+              "ppo.minibatches=1", "sft.batch=128", "pretrain.batch=128", "reward_model.batch=128", "evaluate.prompts=128"]  # fmt: skip
     return configuration.load([*chosen, *words])
 
 
@@ -142,7 +142,15 @@ def test_a_cluster_one_gpu_too_small_is_refused_before_anything_is_asked_or_rese
         raise AssertionError("no node need be asked: there is no room")
 
     monkeypatch.setattr(preflight, "survey", never)
-    config = settings(tmp_path, "placement=colocated", "placement.devices=129", "ppo.batch=129", "sft.batch=129", "reward_model.batch=129")
+    config = settings(
+        tmp_path,
+        "placement=colocated",
+        "placement.devices=129",
+        "ppo.batch=129",
+        "sft.batch=129",
+        "pretrain.batch=129",
+        "reward_model.batch=129",
+    )
     with pytest.raises(RequestError) as refused:
         preflight.check(config, ["ppo"], lambda: None, print, memory=never)
     text = refused.value.mistakes[0]
