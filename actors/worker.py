@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,21 +12,15 @@ from torch import nn
 
 from actors.engine import Engine, Optimizer
 from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, save_model
+from actors.rank import RankSpec as RankSpec
 from conf.schema import Config
 
 
-@dataclass(frozen=True)
-class RankSpec:
-    """Which rank this is."""
-
-    role: str
-    rank: int
-    world_size: int
-    threads: int
-
-
 class Worker:
-    """Base of the role classes. Life: construct, `join` the group's process group, `load`, then the role's own methods."""
+    """Base of the role classes. Life: construct, `join` the group's process group, `load`, then the role's own methods.
+
+    Where roles work in turns (`placement.sleep`), `sleep` follows `load`, and from then on every spell of work is between a `wake` and a
+    `sleep`."""
 
     def __init__(self, config: Config, checkpoint: str, spec: RankSpec) -> None:
         """Args:
@@ -35,10 +28,6 @@ class Worker:
         """
         self.config, self.checkpoint, self.spec = config, checkpoint, spec
         torch.set_num_threads(spec.threads)
-
-    def code_folder(self) -> str:
-        """Where this process found the `actors` package; the driver refuses ranks that run other code than its own."""
-        return str(Path(__file__).resolve().parent)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """On rank 0: open the rendezvous on a port the system picks, and say where (no port is guessed, so none is raced for)."""
@@ -48,17 +37,28 @@ class Worker:
     def join(self, host: str, port: int, timeout: float) -> None:
         """Enter the process group; every rank of the role must call.
 
+        Args:
+            timeout: seconds that this may take. What is done in the group afterwards may take `placement.collective_timeout`.
+
         Raises:
-            DistStoreError, DistBackendError: a rank did not come within `timeout` seconds.
+            DistStoreError, DistBackendError: a rank did not come in time.
         """
         limit = datetime.timedelta(seconds=timeout)
         if self.spec.rank > 0:
             self._store = dist.TCPStore(host, port, self.spec.world_size, is_master=False, timeout=limit)
-        start_process_group(self.spec.rank, self.spec.world_size, self._store, limit)
+        self._store.set_timeout(limit)
+        patience = datetime.timedelta(seconds=self.config.placement.collective_timeout)
+        start_process_group(self.spec.rank, self.spec.world_size, self._store, patience)
 
     def load(self) -> None:
         """Build the model from `checkpoint`."""
         raise NotImplementedError
+
+    def sleep(self) -> None:
+        """Leave the device to another role: what this one has there moves to host memory."""
+
+    def wake(self) -> None:
+        """Come back to the device."""
 
     def shut_down(self) -> None:
         """Leave the process group."""

@@ -4,6 +4,7 @@
     chatray report run=runs/NAME
     chatray chat run=runs/NAME [stage=ppo]
     chatray config experiment=… (the resolved configuration)
+    chatray doctor [ray.address=…] [--json] (what this machine or cluster has, and what is wrong with it)
     chatray data show experiment=… [set=demonstrations|held_out|prompts|comparisons|texts] [index=0]
 
 Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
@@ -102,6 +103,17 @@ def _chat(words: Sequence[str]) -> None:
     talk(Path(options["run"]).resolve(), options["stage"], temperature, _whole(options, "seed"))
 
 
+def _doctor(words: Sequence[str]) -> None:
+    from orchestration import config as configuration
+
+    config = configuration.load([word for word in words if word != "--json"])
+    _quiet()
+    from orchestration import doctor
+
+    if not doctor.show(config, as_json="--json" in words):
+        raise RunError("doctor: something that every run needs is wrong; see the lines above")
+
+
 def _data(words: Sequence[str]) -> None:
     if words[:1] != ["show"]:
         raise RequestError(f"data {' '.join(words[:1])}: no such command; there is: chatray data show [set=…] [index=…] [any setting]")
@@ -157,7 +169,9 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "report": _report, "chat": _chat, "config": _config, "data": _data}
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "run": _run, "report": _report, "chat": _chat, "config": _config, "data": _data, "doctor": _doctor,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

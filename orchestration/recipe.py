@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import STAGES, Config
-from orchestration import reward_sources
+from orchestration import preflight, reward_sources
 from orchestration.config import as_dict, as_yaml
 from orchestration.data.source import open_source
 from orchestration.errors import RequestError
@@ -81,10 +81,11 @@ def run(config: Config) -> dict[str, Any]:
     directory = RunDirectory(Path(config.run_dir), config.commit.keep)
     shared = Shared(config, open_source(config), connect, evaluate.exact_grades(config))
     wanted = stages_of(config) if config.stage == "all" else (config.stage,)
-    check(config, directory, shared, wanted)
-    prepare(config, directory)
+    to_run = check(config, directory, shared, wanted)
     with ExitStack() as ending:
         ending.callback(shared.close)
+        preflight.check(config, to_run, lambda: shared.runtime, shared.say)
+        prepare(config, directory)
         metrics = Metrics(config)
         shared.say = metrics.say
         ending.callback(metrics.close)
@@ -92,17 +93,19 @@ def run(config: Config) -> dict[str, Any]:
     return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop(), shared.report)
 
 
-def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> None:
-    """Find out what is wrong before anything starts or is written.
+def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> list[str]:
+    """Find out what is wrong before anything starts or is written; returns the stages that are not complete.
 
     Raises:
         RequestError: a stage was run with other settings, its inputs are missing, or a reward that it needs is not there.
     """
     first = STAGES.index(config.rerun_from) if config.rerun_from else len(STAGES)
+    to_run = []
     for name in wanted:
         known = all(source in directory.results() or _named(config, source) for source in inputs_of(name, config))
         kept = STAGES.index(name) < first
         done = kept and known and directory.is_complete(name, identity(name, config, directory, shared))
+        to_run += [] if done else [name]
         if name in ("ppo", "evaluate") and not done:
             reward_sources.check(config)
     if config.stage != "all":
@@ -110,6 +113,7 @@ def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Seque
             if config.rerun_from and STAGES.index(source) >= first:
                 raise RequestError(f"from={config.rerun_from}: it would discard stage {source!r}, which stage={config.stage} starts from")
             input_of(config, directory, config.stage, source)
+    return to_run
 
 
 def _named(config: Config, stage: str) -> bool:

@@ -14,58 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import actors
-from actors.worker import RankSpec, Worker
+from actors.rank import RankSpec
+from actors.worker import Worker
 from conf.schema import Config
+from orchestration.bundles import bundles
 from orchestration.errors import RunError
 from orchestration.runtime.dispatch import Pieces, shares
 from orchestration.runtime.group import Group, RoleRequest
+from orchestration.runtime.rank import RankActor, rank_environment
+from orchestration.runtime.reservation import Reservation, Slot, reserve
+from orchestration.runtime.turns import in_turns, load_in_turns
 
 STATE_SECONDS = 2.0
 """How long a rank may take to say what it is doing, before it counts as not answering."""
-
-
-class RayRank:
-    """The actor around one role object. Its state can be asked for while a call is running, through a thread of its own."""
-
-    def __init__(self, role: type[Worker], config: Config, checkpoint: str, spec: RankSpec) -> None:
-        self.doing = ("__init__", time.time())
-        self.role = role(config, checkpoint, spec)
-        self.doing = ("", time.time())
-
-    def call(self, method: str, counts: Sequence[int], common: dict[str, Any], held: Sequence[str], *items: Any) -> Any:
-        """Run one method of the role. The first returned value only says that the call went well; the rest are its results.
-
-        Args:
-            counts: how many of `items` belong to each list argument, in order.
-            held: names of the common arguments that follow in `items` (references, resolved by Ray).
-        """
-        self.doing = (method, time.time())
-        try:
-            arguments, rest = [], list(items)
-            for count in counts:
-                arguments.append(rest[:count])
-                rest = rest[count:]
-            result = getattr(self.role, method)(*arguments, **common, **dict(zip(held, rest, strict=True)))
-            return (None, *result) if isinstance(result, list) else (None, result)
-        finally:
-            self.doing = ("", time.time())
-
-    def open_store(self) -> tuple[str, int]:
-        """Rank 0's rendezvous, at this node's address."""
-        return self.role.open_store(ray.util.get_node_ip_address())
-
-    @ray.method(concurrency_group="health")
-    def state(self) -> str:
-        """What this rank is doing, and for how long."""
-        method, since = self.doing
-        return f"in {method} for {time.time() - since:.0f} s" if method else f"idle for {time.time() - since:.0f} s"
-
-
-_Actor: Any = ray.remote(concurrency_groups={"health": 1})(RayRank)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -83,6 +47,10 @@ class RayGroup:
 
     def __init__(self, name: str, ranks: list[Any]) -> None:
         self.name, self.ranks, self.size = name, ranks, len(ranks)
+        self.devices: list[tuple[int, ...]] = []
+        """Of each rank, as numbered on its node."""
+        self.nodes: list[int] = []
+        """Number of each rank's node, in the order of nodes."""
 
     def map(self, method: Callable[..., Any], *pieces: Pieces[Any], **common: Any) -> Pieces[Any]:
         split = [shares(p.items, self.size) for p in pieces]
@@ -90,6 +58,11 @@ class RayGroup:
 
     def each(self, method: Callable[..., Any], *pieces: Pieces[Any], **common: Any) -> Pieces[Any]:
         return self._call(method, [shares(p.items, self.size) for p in pieces], [1] * self.size, common)
+
+    def where(self) -> Pieces[Any]:
+        """Ask every process where it is."""
+        asked = [actor.where.remote() for actor in self.ranks]
+        return Pieces(asked, [Call(done, self, number, "where") for number, done in enumerate(asked)])
 
     def _call(self, method: Callable[..., Any], split: list[list[list[Any]]], results: list[int], common: dict[str, Any]) -> Pieces[Any]:
         plain = {name: value for name, value in common.items() if not isinstance(value, Pieces)}
@@ -113,64 +86,94 @@ class RayRuntime:
         self.config = config
         self.scratch = tempfile.mkdtemp(prefix="chatray-")  # Ray's sockets and logs; a short path, since sockets' names are limited
         self.own_cluster = connect(config, self.scratch)
-        self.reserved: PlacementGroup | None = None
+        self.reserved: Reservation | None = None
         self.groups: dict[str, RayGroup] = {}
 
     def start(self, requests: Sequence[RoleRequest]) -> dict[str, Group]:
         deadline = time.monotonic() + self.config.deadlines.start
         self._reserve(requests)
-        bundle = 0
-        for request in requests:
-            self.groups[request.name] = RayGroup(
-                request.name, [self._actor(request, rank, bundle + rank) for rank in range(request.place.ranks)]
-            )
-            bundle += request.place.ranks
-        # Every rank must exist before any joins: one that died in its constructor would leave the others waiting for it.
-        self._check_code(self._broadcast(Worker.code_folder), deadline)
+        self._place(requests, deadline)
+        built = [self._build(request) for request in requests]
+        # Every rank must exist before any joins: one that died while it was built would leave the others waiting for it.
+        self._wait(built, "all ranks to start", "deadlines.start", deadline)
         for group in self.groups.values():
             self._join(group, deadline)
-        self._wait(self._broadcast(Worker.load), "all roles to load their weights", "deadlines.start", deadline)
+        if self.config.placement.sleep:
+            load_in_turns(list(self.groups.values()), lambda *pieces, what: self._wait(pieces, what, "deadlines.start", deadline))
+            return in_turns(self.groups, self.wait)
+        loading = [group.each(Worker.load) for group in self.groups.values()]
+        self._wait(loading, "all roles to load their weights", "deadlines.start", deadline)
         return dict(self.groups)
 
     def _reserve(self, requests: Sequence[RoleRequest]) -> None:
-        bundles = [
-            {"CPU": r.place.cpus, "GPU": r.place.gpus} if r.place.gpus else {"CPU": r.place.cpus}
-            for r in requests for _ in range(r.place.ranks)
-        ]  # fmt: skip
-        wanted = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
-        have = ray.cluster_resources()
-        never = self.own_cluster and any(wanted[kind] > have.get(kind, 0) for kind in wanted)  # others may still grow
-        if not never:
-            self.reserved = placement_group(bundles, strategy="PACK")
-        if self.reserved is None or not self.reserved.wait(self.config.deadlines.start):
-            free = ray.available_resources()
+        wanted = bundles(self.config.placement, [request.name for request in requests])
+        try:
+            self.reserved = reserve(wanted, self.config.deadlines.start, may_grow=not self.own_cluster)
+        except RunError:
             self.stop()
-            raise RunError(
-                f"the cluster could not reserve {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs in {len(bundles)} bundles within "
-                f"deadlines.start={self.config.deadlines.start:g} s; it has {have.get('CPU', 0):g} CPUs ({free.get('CPU', 0):g} free) and "
-                f"{have.get('GPU', 0):g} GPUs ({free.get('GPU', 0):g} free). Choose a smaller `placement`, or free resources."
-            )
+            raise
 
-    def _actor(self, request: RoleRequest, rank: int, bundle: int) -> Any:
-        place = request.place
+    def _place(self, requests: Sequence[RoleRequest], deadline: float) -> None:
+        """Start an empty process for each rank, and number those of a role by node and device."""
         assert self.reserved is not None
-        options = {
-            "num_cpus": place.cpus, "num_gpus": place.gpus, "max_restarts": 0, "max_task_retries": 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.reserved, placement_group_bundle_index=bundle),
-            "runtime_env": {"env_vars": rank_environment(place.threads, self.own_cluster)},
-        }  # fmt: skip
-        spec = RankSpec(request.name, rank, place.ranks, place.threads)
-        return _Actor.options(**options).remote(request.role, self.config, request.checkpoint, spec)
-
-    def _broadcast(self, method: Callable[..., Any]) -> list[Pieces[Any]]:
-        return [group.each(method) for group in self.groups.values()]
-
-    def _check_code(self, folders: list[Pieces[Any]], deadline: float) -> None:
-        self._wait(folders, "all ranks to start", "deadlines.start", deadline)
+        slots = self.reserved.slots
+        for request in requests:
+            started = [self._actor(request, slots[request.name, rank]) for rank in range(request.place.ranks)]
+            self.groups[request.name] = RayGroup(request.name, started)
+        located = {name: group.where() for name, group in self.groups.items()}
+        self._wait(list(located.values()), "all ranks' processes to start", "deadlines.start", deadline)
         mine = str(Path(actors.__file__).resolve().parent)
-        for group, pieces in zip(self.groups.values(), folders, strict=True):
-            for rank, folder in enumerate(ray.get(pieces.items)):
-                check_same_code(f"{group.name} rank {rank}", folder, mine, self.own_cluster)
+        for name, group in self.groups.items():
+            found = ray.get(located[name].items)
+            for number, (code, _, _) in enumerate(found):
+                check_same_code(f"{name} rank {number}", code, mine, self.own_cluster)
+            at = [slots[name, rank] for rank in range(group.size)]
+            order = sorted(range(group.size), key=lambda n: (at[n].node, found[n][1], at[n].bundle))
+            group.ranks = [group.ranks[n] for n in order]
+            group.devices = [found[n][1] for n in order]
+            group.nodes = [at[n].node for n in order]
+
+    def _actor(self, request: RoleRequest, slot: Slot) -> Any:
+        place, placement = request.place, self.config.placement
+        assert self.reserved is not None
+        interface = interface_of(self.config, self.own_cluster)
+        options = {
+            "num_cpus": place.cpus, "num_gpus": place.gpus * (1 if placement.share else place.tensor_parallel),
+            "max_restarts": 0, "max_task_retries": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.reserved.group, placement_group_bundle_index=slot.bundle),
+            "runtime_env": {"env_vars": rank_environment(place.threads, interface)},
+        }  # fmt: skip
+        return RankActor.options(**options).remote()
+
+    def _build(self, request: RoleRequest) -> Pieces[None]:
+        """Tell each process which rank it is."""
+        group = self.groups[request.name]
+        calls = []
+        for rank, actor in enumerate(group.ranks):
+            spec = RankSpec(request.name, rank, group.size, request.place.threads)
+            done = actor.build.remote(request.role, self.config, request.checkpoint, spec, self._devices(request, rank))
+            calls.append(Call(done, group, rank, "build"))
+        return Pieces([], calls)
+
+    def _devices(self, request: RoleRequest, rank: int) -> list[int]:
+        """The devices of an engine that has a part of several shared ones: those that its neighbours in other roles sit on.
+
+        Raises:
+            RunError: they are on two nodes.
+        """
+        parallel = request.place.tensor_parallel
+        if not self.config.placement.share or parallel == 1:
+            return []
+        widest = max(self.groups.values(), key=lambda group: group.size)
+        mine = slice(rank * parallel, (rank + 1) * parallel)
+        devices = [device for each in widest.devices[mine] for device in each]
+        if len(set(widest.nodes[mine])) > 1 or len(set(devices)) < parallel:
+            raise RunError(
+                f"placement.{request.name}.tensor_parallel={parallel}: engine {rank} would have the devices {devices} of nodes "
+                f"{sorted(set(widest.nodes[mine]))}; choose a number that divides the GPUs of every node, and as many ranks of some other "
+                "role as there are devices"
+            )
+        return devices
 
     def _join(self, group: RayGroup, deadline: float) -> None:
         host, port = ray.get(group.ranks[0].open_store.remote())
@@ -227,7 +230,7 @@ class RayRuntime:
                 ray.kill(rank)
         self.groups = {}
         if self.reserved is not None:
-            remove_placement_group(self.reserved)
+            self.reserved.give_back()
             self.reserved = None
 
     def close(self) -> None:
@@ -259,6 +262,7 @@ def connect(config: Config, scratch: str) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray puts the driver's working directory first on every worker's path, where a folder of the user's named `conf` or `actors` would
     # hide ours. The run directory holds neither.
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     os.chdir(config.run_dir)
     try:
         if config.ray.address:
@@ -274,17 +278,9 @@ def connect(config: Config, scratch: str) -> bool:
         raise RunError(f"ray.address={config.ray.address}: no Ray cluster there ({' '.join(str(cause).split())[:200]})") from cause
 
 
-def rank_environment(threads: int, own_cluster: bool) -> dict[str, str]:
-    """Environment of a rank's process. Ray would set OMP_NUM_THREADS to the reserved CPUs, which cripples CPU arithmetic."""
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if own_cluster and sys.platform == "linux" else {}
-    return loopback | {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # roles share cores: a thread that spins while it waits slows the others nearly tenfold
-        "TOKENIZERS_PARALLELISM": "false",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
+def interface_of(config: Config, own_cluster: bool) -> str | None:
+    """Network interface of collectives: the one that is set, or loopback in a cluster of this machine alone."""
+    return config.placement.interface or ("lo" if own_cluster and sys.platform == "linux" else None)
 
 
 def check_same_code(who: str, folder: str, mine: str, own_cluster: bool) -> None:

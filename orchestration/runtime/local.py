@@ -12,6 +12,7 @@ from conf.schema import Config
 from orchestration.errors import RunError
 from orchestration.runtime.dispatch import Pieces
 from orchestration.runtime.group import Group, RoleRequest
+from orchestration.runtime.turns import in_turns, load_in_turns
 
 
 class LocalGroup:
@@ -31,7 +32,7 @@ class LocalGroup:
     def _call(self, method: Callable[..., Any], pieces: Sequence[Pieces[Any]], common: dict[str, Any]) -> Any:
         """A fault of ours is left as it is, for the debugger; what a reward that the user brings did wrong ends the run with its text."""
         try:
-            return method(self.rank, *(p.items for p in pieces), **_plain(common))
+            return getattr(self.rank, method.__name__)(*(p.items for p in pieces), **_plain(common))
         except RewardError as cause:
             raise RunError(f"{self.name} rank 0 failed in {method.__name__}: {cause}") from cause
 
@@ -52,8 +53,12 @@ class LocalRuntime:
         groups: dict[str, Group] = {}
         for request in requests:
             rank = request.role(self.config, request.checkpoint, RankSpec(request.name, 0, 1, request.place.threads))
-            rank.load()
             groups[request.name] = LocalGroup(request.name, rank)
+        if self.config.placement.sleep:
+            load_in_turns(list(groups.values()), self.wait)
+            return in_turns(groups, self.wait)
+        for group in groups.values():
+            group.each(Worker.load)
         return groups
 
     def put(self, items: Sequence[Any]) -> Pieces[Any]:

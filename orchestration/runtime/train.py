@@ -104,11 +104,13 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from orchestration.runtime.cluster import rank_environment
+    from orchestration.runtime.cluster import interface_of
+    from orchestration.runtime.rank import rank_environment
 
     place, scratch = config.placement.train, directory.path / "ray_train"
+    interface = interface_of(config, own_cluster=config.ray.address is None)
     resources = {"CPU": place.cpus} | ({"GPU": place.gpus} if place.gpus else {})
-    environment: dict[str, Any] = {"worker_runtime_env": {"env_vars": rank_environment(place.threads, config.ray.address is None)}}
+    environment: dict[str, Any] = {"worker_runtime_env": {"env_vars": rank_environment(place.threads, interface)}}
     trainer = TorchTrainer(
         _rank,
         train_loop_config={"config": config, "task": task, "directory": directory},
@@ -116,7 +118,7 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
         run_config=RunConfig(
             name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0), **environment
         ),
-        torch_config=TorchConfig(backend="nccl" if place.gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if place.gpus else "gloo", timeout_s=int(config.placement.collective_timeout)),
     )  # fmt: skip
     try:
         trainer.fit()

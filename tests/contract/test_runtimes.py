@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import stand_ins
 import torch
+from stand_ins import DIARY, StandIn
 
 from actors.batch import Experience, Prompts, Rollouts
 from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
@@ -22,7 +24,7 @@ from orchestration.data.world import scenarios
 from orchestration.errors import RunError
 from orchestration.roles import Roles
 from orchestration.runtime.dispatch import Pieces, cut
-from orchestration.runtime.group import Runtime
+from orchestration.runtime.group import RoleRequest, Runtime
 from orchestration.stages.rewarding import moments_of_scores
 
 ROWS = 8
@@ -229,3 +231,47 @@ def test_a_policy_with_adapters_answers_for_the_reference(runtime: Runtime, star
         assert roles.rank_counts(config) == [1, 1, 1, 1]
     finally:
         beside.stop()
+
+
+def placed_to_sleep(runtime: Runtime, models: Path, folder: Path) -> Config:
+    name = "local" if type(runtime).__name__ == "LocalRuntime" else "ray"
+    return dataclasses.replace(settings(name, models, "placement.sleep=true", "placement.share=true"), run_dir=str(folder))
+
+
+def test_roles_that_share_devices_work_in_turns_and_never_are_two_awake(runtime: Runtime, tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(stand_ins)  # Ray's workers do not have the tests on their path
+    config = placed_to_sleep(runtime, tmp_path, tmp_path)
+    beside = roles.connect(config)
+    try:
+        names = ("policy", "critic", "reward")
+        groups = beside.start([RoleRequest(n, StandIn, "", getattr(config.placement, n)) for n in names])  # type: ignore[arg-type]
+        pieces = beside.put([1, 2])
+        once = groups["policy"].map(StandIn.add, pieces)
+        twice = groups["critic"].map(StandIn.add, groups["critic"].map(StandIn.add, once, amount=10), amount=100)
+        again = groups["policy"].map(StandIn.add, twice, amount=1000)
+        assert beside.get(again, "sums") == [1112, 1113]
+        beside.get(groups["reward"].map(StandIn.add, again), "sums")
+        beside.get(groups["reward"].map(StandIn.add, again), "sums")
+    finally:
+        beside.stop()
+    lines = [line.split() for line in (tmp_path / DIARY).read_text().splitlines()]
+    loaded = [f"{name} {word}" for name in names for word in ("load", "sleep")]
+    turns = ["policy wake", "policy add", "policy sleep", "critic wake", "critic add", "critic add", "critic sleep", "policy wake",
+             "policy add", "policy sleep", "reward wake", "reward add", "reward add"]  # fmt: skip
+    assert [f"{role} {word}" for role, _, word in lines] == loaded + turns
+
+
+def test_ppo_in_turns_gives_the_numbers_of_ppo_at_once(runtime: Runtime, models: Path, tmp_path: Path) -> None:
+    found = []
+    turns = placed_to_sleep(runtime, models, tmp_path)
+    for config in (turns, settings(turns.runtime, models)):
+        beside = roles.connect(config)
+        try:
+            found.append(three_steps(beside, start(beside, models), models))
+        finally:
+            beside.stop()
+    (asleep, these), (awake, those) = found
+    assert torch.equal(these, those)
+    assert asleep == awake

@@ -1,0 +1,93 @@
+"""The actor around one role object. Free of torch: a rank's process pays for torch when its role is built, not before."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.rank import RankSpec
+from conf.schema import Config
+
+if TYPE_CHECKING:
+    from actors.worker import Worker
+
+
+class RayRank:
+    """Starts empty, says where it is, and is then told which rank it is. Its state can be asked for while a call is running, through a
+    thread of its own."""
+
+    def __init__(self) -> None:
+        self.doing = ("", time.time())
+        self.role: Any = None
+
+    def where(self) -> tuple[str, tuple[int, ...], str]:
+        """(folder of the `actors` package, numbers of its devices on its node, its node's id)."""
+        found = importlib.util.find_spec("actors")
+        code = str(Path(found.origin or "").resolve().parent) if found else "nowhere"
+        return code, tuple(sorted(int(number) for number in ray.get_gpu_ids())), ray.get_runtime_context().get_node_id()
+
+    def build(self, role: type[Worker], config: Config, checkpoint: str, spec: RankSpec, devices: Sequence[int]) -> None:
+        """Make the role object.
+
+        Args:
+            devices: numbers of all devices it works on, where they are more than Ray gave to this process; otherwise empty.
+        """
+        self.doing = ("build", time.time())
+        if devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        self.role = role(config, checkpoint, spec)
+        self.doing = ("", time.time())
+
+    def call(self, method: str, counts: Sequence[int], common: dict[str, Any], held: Sequence[str], *items: Any) -> Any:
+        """Run one method of the role. The first returned value only says that the call went well; the rest are its results.
+
+        Args:
+            counts: how many of `items` belong to each list argument, in order.
+            held: names of the common arguments that follow in `items` (references, resolved by Ray).
+        """
+        self.doing = (method, time.time())
+        try:
+            arguments, rest = [], list(items)
+            for count in counts:
+                arguments.append(rest[:count])
+                rest = rest[count:]
+            result = getattr(self.role, method)(*arguments, **common, **dict(zip(held, rest, strict=True)))
+            return (None, *result) if isinstance(result, list) else (None, result)
+        finally:
+            self.doing = ("", time.time())
+
+    def open_store(self) -> tuple[str, int]:
+        """Rank 0's rendezvous, at this node's address."""
+        return self.role.open_store(ray.util.get_node_ip_address())
+
+    @ray.method(concurrency_group="health")
+    def state(self) -> str:
+        """What this rank is doing, and for how long."""
+        method, since = self.doing
+        return f"in {method} for {time.time() - since:.0f} s" if method else f"idle for {time.time() - since:.0f} s"
+
+
+RankActor: Any = ray.remote(concurrency_groups={"health": 1})(RayRank)  # type: ignore[call-overload]
+
+
+def rank_environment(threads: int, interface: str | None) -> dict[str, str]:
+    """Environment of a rank's process. Ray would set OMP_NUM_THREADS to the reserved CPUs, which cripples CPU arithmetic.
+
+    Args:
+        interface: network interface of collectives; None lets NCCL and gloo choose.
+    """
+    network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+    return network | {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # roles share cores: a thread that spins while it waits slows the others nearly tenfold
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }

@@ -1,0 +1,159 @@
+"""A run of 175B parameters on 16 nodes with 8 pretended GPUs each: every bundle is reserved and every rank placed by the real runtime,
+with ranks that import no torch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import stand_ins
+from conftest import ROOT, wait_until_gone
+from ray.cluster_utils import Cluster
+from stand_ins import StandIn
+
+from conf.schema import PPO_ROLES, Config
+from orchestration import config as configuration
+from orchestration import preflight
+from orchestration.bundles import bundles
+from orchestration.errors import RequestError
+from orchestration.runtime.cluster import RayRuntime
+from orchestration.runtime.group import RoleRequest
+from orchestration.runtime.reservation import reserve
+
+NODES, GPUS, CPUS = 16, 8, 96
+NODES_SECONDS = 300.0
+"""For all nodes to start; two busy cores need a while."""
+FORK_SERVER = ROOT / "tests" / "fork_server.py"
+SPLIT = {"policy": 64, "critic": 16, "reference": 8, "reward": 8, "rollout": 4}
+"""Ranks of each role; an engine has 8 devices."""
+
+ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not have the tests on their path
+
+
+def settings(folder: Path, *words: str) -> Config:
+    chosen = ["experiment=smoke", "scale=175b", f"run_dir={folder}", "ray.address=connected", "preflight=strict", "ppo.batch=128",
+              "ppo.minibatches=1", "sft.batch=128", "pretrain.batch=128", "reward_model.batch=128", "evaluate.prompts=128"]  # fmt: skip
+    return configuration.load([*chosen, *words])
+
+
+def split(folder: Path) -> Config:
+    ranks = [f"placement.{role}.ranks={count}" for role, count in SPLIT.items()]
+    return settings(folder, "placement=split", *ranks, "placement.rollout.tensor_parallel=8")
+
+
+def colocated(folder: Path, devices: int) -> Config:
+    return settings(folder, "placement=colocated", f"placement.devices={devices}")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """16 nodes, and a driver that is connected to them."""
+    before = {process.pid for process in psutil.process_iter()}
+    with tempfile.TemporaryDirectory(prefix="chatray-") as folder:
+        address = f"{folder}/fork"
+        # The first driver of a cluster has job 1. Ray reads both once per process, so a fork cannot be told later.
+        fixed = {"RAY_JOB_ID": "01000000", "RAYLET_PID": str(os.getpid())}
+        server = subprocess.Popen([sys.executable, FORK_SERVER, address], stdout=subprocess.PIPE, env=os.environ | fixed)
+        assert server.stdout and server.stdout.readline()
+        changes = {"FORK_SERVER": address, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in changes.items():
+                patch.setenv(name, value)
+            node = {"num_cpus": CPUS, "num_gpus": GPUS, "object_store_memory": 80 << 20, "setup_worker_path": str(FORK_SERVER)}
+            started = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+            try:
+                for _ in range(NODES - 1):
+                    started.add_node(wait=False, **node)
+                started.wait_for_nodes(timeout=NODES_SECONDS)
+                ray.init(address=started.address, log_to_driver=False, logging_level="ERROR", namespace="chatray")
+                yield started
+            finally:
+                ray.shutdown()
+                started.shutdown()
+                with socket.socket(socket.AF_UNIX) as stop:
+                    stop.connect(address)
+                server.wait(timeout=20)
+    left = wait_until_gone(lambda: [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and _of_ray(p)])
+    assert not left, left
+
+
+def _of_ray(process: psutil.Process) -> bool:
+    words = " ".join(process.info["cmdline"] or [])
+    return "fork_server.py" in words or (words.startswith("ray::") and process.ppid() == 1 and "fork" in words)
+
+
+def placement_groups() -> list[str]:
+    """Those that still hold something."""
+    return [group["name"] for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def test_ranks_of_175b_take_every_bundle_in_the_order_of_nodes_and_devices(cluster: Cluster, tmp_path: Path) -> None:
+    config = split(tmp_path)
+    preflight.check(config, ["ppo"], lambda: None, print, memory=lambda *_: [])
+    runtime = RayRuntime(config)
+    requests = [RoleRequest(role, StandIn, "", getattr(config.placement, role)) for role in PPO_ROLES]  # type: ignore[arg-type]
+    try:
+        groups = runtime.start(requests)
+        assert runtime.reserved and len({slot.bundle for slot in runtime.reserved.slots.values()}) == sum(SPLIT.values())
+        assert ray.available_resources().get("GPU", 0) == 0
+        used = set()
+        for role, ranks in SPLIT.items():
+            found = runtime.get(groups[role].each(StandIn.who), "who they are")
+            assert found == [(role, rank, ranks, False) for rank in range(ranks)]
+            places = [(node, device) for node, devices in zip(*_placed(runtime, role), strict=True) for device in devices]
+            assert places == sorted(places)
+            assert len(set(runtime.groups[role].nodes)) == -(-len(places) // GPUS)
+            used |= set(places)
+        assert used == {(node, device) for node in range(NODES) for device in range(GPUS)}
+    finally:
+        runtime.close()
+    assert placement_groups() == []
+
+
+def _placed(runtime: RayRuntime, role: str) -> tuple[list[int], list[tuple[int, ...]]]:
+    return runtime.groups[role].nodes, runtime.groups[role].devices
+
+
+def test_roles_that_share_128_devices_get_every_bundle_and_one_more_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    config = colocated(tmp_path, NODES * GPUS)
+    preflight.check(config, ["ppo"], lambda: None, print, memory=lambda *_: [])
+    reserved = reserve(bundles(config.placement, config.roles_of_ppo()), seconds=60, may_grow=True)
+    try:
+        for role in config.roles_of_ppo():
+            assert [reserved.slots[role, rank].node for rank in range(128)] == [rank // GPUS for rank in range(128)]
+            assert [reserved.slots[role, rank].bundle for rank in range(128)] == [reserved.slots["policy", r].bundle for r in range(128)]
+    finally:
+        reserved.give_back()
+    assert placement_groups() == []
+
+
+def test_a_cluster_one_gpu_too_small_is_refused_before_anything_is_asked_or_reserved(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("no node need be asked: there is no room")
+
+    monkeypatch.setattr(preflight, "survey", never)
+    config = settings(
+        tmp_path,
+        "placement=colocated",
+        "placement.devices=129",
+        "ppo.batch=129",
+        "sft.batch=129",
+        "pretrain.batch=129",
+        "reward_model.batch=129",
+    )
+    with pytest.raises(RequestError) as refused:
+        preflight.check(config, ["ppo"], lambda: None, print, memory=never)
+    text = refused.value.mistakes[0]
+    assert "needs" in text and "129 GPUs in 129 bundles" in text and "128 GPUs in all: 1 GPUs missing" in text
+    assert "placement.devices" in text and "add nodes" in text
+    assert placement_groups() == []
