@@ -41,7 +41,7 @@ def work(words: list[str], environment: dict[str, str], folder: str) -> None:
     """Become a worker: what Ray's setup_worker.py does, without a new interpreter."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     context = next((word.split("=", 1)[1] for word in words if word.startswith("--serialized-runtime-env-context=")), "{}")
-    fixed = {name: os.environ[name] for name in ("RAY_JOB_ID", "RAYLET_PID") if name in os.environ}
+    fixed = {name: os.environ[name] for name in ("RAY_JOB_ID", "RAY_RAYLET_PID") if name in os.environ}
     os.environ.clear()
     os.environ.update(environment | fixed | (json.loads(context).get("env_vars") or {}))
     os.chdir(folder)

@@ -60,7 +60,7 @@ def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="chatray-") as folder:
         address = f"{folder}/fork"
         # The first driver of a cluster has job 1. Ray reads both once per process, so a fork cannot be told later.
-        fixed = {"RAY_JOB_ID": "01000000", "RAYLET_PID": str(os.getpid())}
+        fixed = {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
         server = subprocess.Popen([sys.executable, FORK_SERVER, address], stdout=subprocess.PIPE, env=os.environ | fixed)
         assert server.stdout and server.stdout.readline()
         changes = {"FORK_SERVER": address, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
