@@ -24,6 +24,7 @@ from math import ceil
 from typing import Literal
 
 from actors.algorithms.logprobs import CHUNK_LOGITS
+from actors.sharding import PERSISTENT, buckets
 from conf.schema import Config
 from orchestration.planner.machines import GIB
 from orchestration.planner.shapes import Shape, activations, language_model, scalar_model
@@ -31,12 +32,6 @@ from orchestration.planner.shapes import Shape, activations, language_model, sca
 KINDS = ("parameters", "gradients", "optimizer", "activations", "kv_cache", "communication", "workspace", "runtime")
 Where = Literal["device", "host", "nvme", "disk"]
 
-BUCKET = 500_000_000
-"""Numbers in a reduce bucket at most (`actors/engine.py`)."""
-PREFETCH, PERSISTENT = 50_000_000, 10_000
-"""ZeRO-3: numbers gathered ahead, and the size up to which a tensor stays whole on every rank (`actors/engine.py`)."""
-LIVE = 1_000_000_000
-"""ZeRO-3: gathered numbers that are kept for the backward pass (DeepSpeed's default `stage3_max_live_parameters`)."""
 SUB_GROUP = 1_000_000_000
 """ZeRO-3: numbers that the optimizer updates at once (DeepSpeed's default `sub_group_size`)."""
 PROCESS = int(0.7 * GIB)
@@ -80,6 +75,17 @@ class RankMemory:
         return RankMemory((*left, *moved))
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass is over."""
+
+    rows: int
+    tokens: int
+    """Of each row."""
+    wanted: int
+    """Tokens of each row that log-probs are computed of."""
+
+
 def of_role(config: Config, role: str, cuda: bool) -> RankMemory:
     """One rank of a role (the one that holds most), with sequences as long as the model's context."""
     scalar = role in ("critic", "reward")
@@ -93,38 +99,33 @@ def of_role(config: Config, role: str, cuda: bool) -> RankMemory:
     if role in ("reference", "reward"):
         return frozen(config, shape, ranks, rows, tokens, cuda)
     wanted = tokens if role == "train" or config.ppo.ptx > 0 else min(config.ppo.max_new_tokens, tokens)
-    return training(config, shape, role, ranks, rows, tokens, wanted, cuda)
+    return training(config, shape, role, ranks, MicroBatch(rows, tokens, wanted), cuda)
 
 
-def training(config: Config, shape: Shape, role: str, ranks: int, rows: int, tokens: int, wanted: int, cuda: bool) -> RankMemory:
-    """A rank that learns.
-
-    Args:
-        rows, tokens: of a micro-batch.
-        wanted: tokens of each row that log-probs are computed of.
-    """
+def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBatch, cuda: bool, rank: int | None = None) -> RankMemory:
+    """A rank that learns; None: the one that holds most."""
     stage, bf16 = config.zero_stage(), config.dtype() == "bf16"
     low = 2 if bf16 and cuda else 4
     tensors = trained_tensors(config, shape, role)
-    trained, share = sum(tensors), _share(tensors, ranks) if stage else sum(tensors)
+    share = _share(tensors, ranks) if stage else sum(tensors)
     offloaded = config.offload_optimizer() if stage else "none"
     away: Where = {"none": "device", "cpu": "host", "nvme": "nvme" if stage == 3 else "host"}[offloaded]  # type: ignore[assignment]
-    bucket = min(trained, BUCKET) * low if stage else 0
+    bucket = buckets(shape.tensors, tensors).reduce * low if stage else 0
     masters = 12 * share if stage or low == 2 else 8 * share
-    gradients = _gradients(tensors, ranks, stage, low)
+    gradients = _gradients(tensors, ranks, stage, low, rank)
     parts = [
         *_parameters(config, shape, ranks, low),
         Held("optimizer", away, masters),
         *_offloaded_gradients(stage, share, low, away if away != "nvme" else "host"),
         Held("communication", "device", bucket),
-        *_passes(config, shape, rows, tokens, wanted, cuda),
+        *_passes(config, shape, batch, cuda),
         *_step(stage, share, offloaded, max(tensors, default=0), low),
         *_process(config, shape, ranks, cuda),
+        *([Held("to go back to", "host", 2 * 4 * share)] if role == "policy" else []),
         Held("state", "disk", (config.commit.keep + 1) * (masters + _ceil(shape.parameters, ranks) * low)),
     ]
-    if offloaded == "none" or stage == 0:
+    if offloaded == "none":
         parts.append(Held("gradients", "device", gradients))
-        parts = [part for part in parts if not (part.kind == "gradients" and part.bytes == 0)]
     return RankMemory(tuple(parts))
 
 
@@ -140,8 +141,9 @@ def _step(stage: int, share: int, offloaded: str, largest: int, low: int) -> lis
     at_once = min(share, SUB_GROUP) if stage == 3 else share
     if offloaded == "none":
         return [Held("workspace", "device", at_once * (4 if stage == 0 else 8))]
-    # ZeRO 1 and 2 pass gradients through two buffers of the largest tensor's size
-    buffers = [Held("communication", "device", 2 * largest * low)] if stage < 3 else []
+    # ZeRO 1 and 2 pass gradients through two buffers of the largest tensor's size, and new weights back through one of the share's
+    passing = [Held("communication", "host", (largest + share) * low), Held("communication", "device", largest * low)]
+    buffers = passing if stage < 3 else []
     return [*buffers, Held("workspace", "host", at_once * 4)]
 
 
@@ -202,8 +204,8 @@ def _share(tensors: Iterable[int], ranks: int) -> int:
     return sum(_ceil(size, ranks) for size in tensors)
 
 
-def _gradients(tensors: list[int], ranks: int, stage: int, low: int) -> int:
-    """Of the rank that has most of them, when all micro-batches have been added up."""
+def _gradients(tensors: list[int], ranks: int, stage: int, low: int, rank: int | None) -> int:
+    """Of a rank, or of the one that has most of them, when all micro-batches have been added up."""
     if stage in (0, 3):
         return low * (sum(tensors) if stage == 0 else _share(tensors, ranks))
     edge = _ceil(sum(tensors), ranks)
@@ -212,9 +214,9 @@ def _gradients(tensors: list[int], ranks: int, stage: int, low: int) -> int:
         starts.append(starts[-1] + size)
     held = [0] * ranks
     for start, stop in pairwise(starts):
-        for rank in range(start // edge, min((stop - 1) // edge, ranks - 1) + 1):
-            held[rank] += stop - max(start, rank * edge)  # whole to its end, though the next rank has the rest as well
-    return low * max(held)
+        for owner in range(start // edge, min((stop - 1) // edge, ranks - 1) + 1):
+            held[owner] += stop - max(start, owner * edge)  # whole to its end, though the next rank has the rest as well
+    return low * (max(held) if rank is None else held[rank])
 
 
 def _kept(config: Config, shape: Shape, rows: int, tokens: int, cuda: bool):
@@ -222,16 +224,16 @@ def _kept(config: Config, shape: Shape, rows: int, tokens: int, cuda: bool):
     return activations(shape, rows, tokens, bf16 and cuda, bf16 and not cuda)
 
 
-def _passes(config: Config, shape: Shape, rows: int, tokens: int, wanted: int, cuda: bool) -> list[Held]:
+def _passes(config: Config, shape: Shape, batch: MicroBatch, cuda: bool) -> list[Held]:
     """What a forward and backward pass of one micro-batch keeps, and what it needs in passing."""
     number = 2 if config.dtype() == "bf16" else 4
     low = 2 if config.dtype() == "bf16" and cuda else 4
-    kept = _kept(config, shape, rows, tokens, cuda)
-    positions = rows * wanted
+    kept = _kept(config, shape, batch.rows, batch.tokens, cuda)
+    positions = batch.rows * batch.wanted
     head = 0 if shape.scalar else positions * (shape.width * number + 32)  # states of predicted tokens, targets, totals, entropies
     spare = (0 if shape.scalar else _logits(shape, positions, learns=True)) + _gathered(config, shape, low)
     if config.activation_checkpointing():
-        inputs = shape.layers * rows * tokens * shape.width * number
+        inputs = shape.layers * batch.rows * batch.tokens * shape.width * number
         return [Held("activations", "device", kept.ends + head + inputs), Held("workspace", "device", kept.block + spare)]
     return [Held("activations", "device", kept.ends + head + shape.layers * kept.block), Held("workspace", "device", spare)]
 
@@ -248,7 +250,8 @@ def _gathered(config: Config, shape: Shape, low: int) -> int:
     """Whole layers that ZeRO-3 holds at once: the embedding, and blocks as far as they are kept or fetched ahead."""
     if config.zero_stage() < 3:
         return 0
-    return min(shape.parameters, max(shape.tensors) + max(shape.block, LIVE) + PREFETCH) * low
+    sizes = buckets(shape.tensors, shape.tensors)
+    return min(shape.parameters, max(shape.tensors) + max(shape.block, sizes.live) + sizes.prefetch) * low
 
 
 def _process(config: Config, shape: Shape, ranks: int, cuda: bool) -> list[Held]:

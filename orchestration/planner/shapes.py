@@ -204,12 +204,17 @@ class Activations:
     """Of what stands before and after the blocks."""
 
 
+TRACED_ROWS = 2
+"""All that is saved is in proportion to the rows; with a single one, tensors would be views that are copies otherwise."""
+
+
 def activations(shape: Shape, rows: int, tokens: int, bf16: bool, autocast: bool) -> Activations:
     """What the real forward pass of one and of two blocks saves, traced on tensors without memory.
 
     Routing of a mixture of experts depends on numbers and cannot be traced: there, what a dense block of the routed experts' size saves.
     """
-    return _activations(shape.hf.to_json_string(use_diff=False), _Once(shape), rows, tokens, bf16, autocast)
+    two = _activations(shape.hf.to_json_string(use_diff=False), _Once(shape), TRACED_ROWS, tokens, bf16, autocast)
+    return Activations(two.block * rows // TRACED_ROWS, two.ends * rows // TRACED_ROWS)
 
 
 class _Once:

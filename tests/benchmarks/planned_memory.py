@@ -15,7 +15,6 @@ import argparse
 import datetime
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -64,29 +63,30 @@ def main() -> int:
     return int(worst > TOLERANCE)
 
 
-def _row(scale: str, stage: int, offload: str, ranks: int, held: list[dict[str, int]], said: dict[str, int]) -> float:
+def _row(scale: str, stage: int, offload: str, ranks: int, held: list[dict[str, int]], plans: list[dict[str, int]]) -> float:
     """Print the rank that is furthest from the plan; returns by how much."""
     found = []
-    for one in held:
+    for one, said in zip(held, plans, strict=True):
         floor = NOISE * sum(one.values())
         off = {kind: abs(one[kind] / said[kind] - 1) if said[kind] else float(one[kind] > 0) for kind in KINDS}
         judged = [off[kind] for kind in KINDS if max(one[kind], said[kind]) > floor]
-        found.append((max(judged, default=0.0), one))
-    worst, one = max(found, key=lambda pair: pair[0])
+        found.append((max(judged, default=0.0), one, said))
+    worst, one, said = max(found, key=lambda row: row[0])
     cells = " | ".join(f"{one[kind] / 1e6:.2f} / {said[kind] / 1e6:.2f}" for kind in KINDS)
     print(f"| {scale} | {stage} | {offload} | {ranks} | {cells} | {1 + worst:.3f} |", flush=True)
     return worst
 
 
-def planned(scale: str, stage: int, offload: str, ranks: int, dtype: str) -> dict[str, int]:
-    """What the plan says of one policy rank, wherever its bytes lie."""
+def planned(scale: str, stage: int, offload: str, ranks: int, dtype: str) -> list[dict[str, int]]:
+    """What the plan says of each policy rank, wherever its bytes lie."""
     from orchestration import config as configuration
-    from orchestration.planner.memory import training
+    from orchestration.planner.memory import MicroBatch, training
     from orchestration.planner.shapes import language_model
 
     config = configuration.load(overrides(scale, stage, offload, ranks, dtype))
-    found = training(config, language_model(config), "policy", ranks, ROWS, TOKENS, wanted=TOKENS // 2, cuda=False)
-    return {kind: found.of(kind) for kind in KINDS}
+    batch = MicroBatch(ROWS, TOKENS, TOKENS // 2)
+    found = [training(config, language_model(config), "policy", ranks, batch, False, rank) for rank in range(ranks)]
+    return [{kind: one.of(kind) for kind in KINDS} for one in found]
 
 
 def measured(scale: str, stage: int, offload: str, ranks: int, dtype: str) -> list[dict[str, int]]:
@@ -122,19 +122,24 @@ def _rank(rank: int, cell: dict[str, Any]) -> None:
     tokens = torch.randint(0, config.scale.vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(rank))
     mask = torch.arange(TOKENS).expand(ROWS, TOKENS) >= TOKENS // 2
 
-    def backward() -> int:
+    buckets: list[int] = []
+    module.lm.get_input_embeddings().weight.register_hook(lambda grad: buckets.append(_buckets(engine)))  # the last gradient to be computed
+
+    def backward(last: bool) -> int:
         saved: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x: _noted(x, saved), lambda x: x):
             logprobs, _ = engine(tokens, mask)
         own = {_address(x) for x in _parameters(engine) if x is not None}
-        engine.backward(-logprobs.sum() / mask.sum(), last=True)
+        engine.backward(-logprobs.sum() / mask.sum(), last=last)
         return sum(size for address, size in saved.items() if address not in own)
 
-    backward()
-    engine.step(1e-4)
-    activations = backward()
-    Path(cell["folder"], f"{rank}.json").write_text(json.dumps(held(engine) | {"activations": activations}))
-    engine.step(1e-4)
+    for _ in range(2):  # two steps of two micro-batches; counted before the second step is taken
+        backward(last=False)
+        activations = backward(last=True)
+        found = held(engine)
+        engine.step(1e-4)
+    found["communication"] += max(buckets)  # given back at the end of the backward pass under ZeRO 1 and 2
+    Path(cell["folder"], f"{rank}.json").write_text(json.dumps(found | {"activations": activations}))
     dist.destroy_process_group()
 
 
@@ -163,8 +168,16 @@ def _gradients(engine: Any) -> Iterator[Any]:
         yield parameter.grad
     yield from _tensors_in(getattr(optimizer, "averaged_gradients", {}))
     yield getattr(optimizer, "grad_partitions_flat_buffer", None)
+    yield from _tensors_in(getattr(optimizer, "accumulated_grads_in_cpu", {}))
+    yield from _tensors_in(getattr(optimizer, "all_grad_tensors", {}))
     for master in _masters(optimizer):
         yield master.grad
+
+
+def _buckets(engine: Any) -> int:
+    """Of ZeRO 1 and 2, in which gradients are gathered before they are reduced; ZeRO-3's own is never given back."""
+    buckets = getattr(engine.deepspeed.optimizer, "ipg_buckets", {}) if engine.zero_stage in (1, 2) else {}
+    return _counted((tensor for bucket in buckets.values() for tensor in bucket.buffer), set())
 
 
 def _optimizer(engine: Any) -> Iterator[Any]:
@@ -209,8 +222,6 @@ def _counted(tensors: Iterable[Any], seen: set[int]) -> int:
         address = _address(tensor)
         if address not in seen:
             seen.add(address)
-            if os.environ.get("SHOW") and tensor.untyped_storage().nbytes() > 1e5:
-                print(os.environ["SHOW"], tuple(tensor.shape), tensor.dtype, tensor.untyped_storage().nbytes(), file=sys.stderr)
             total += tensor.untyped_storage().nbytes()
     return total
 
