@@ -109,10 +109,9 @@ def _zero(sharding: Sharding, trains: bool, sizes: Buckets, largest_share: int) 
         "stage3_param_persistence_threshold": PERSISTENT,
     }
     if sharding.offload_parameters != "none":
-        held = (
-            {"buffer_size": largest_share, "buffer_count": NVME_BUFFERS, "max_in_cpu": 0} if sharding.offload_parameters == "nvme" else {}
-        )
-        zero["offload_param"] = {"device": sharding.offload_parameters, **files, **held}
+        zero["offload_param"] = {"device": sharding.offload_parameters, **files}
+        if sharding.offload_parameters == "nvme":
+            zero["offload_param"] |= {"buffer_size": largest_share, "buffer_count": NVME_BUFFERS, "max_in_cpu": 0}
     if "nvme" in (sharding.offload_optimizer, sharding.offload_parameters):
         zero["sub_group_size"] = sizes.optimizer
     return zero

@@ -1,4 +1,4 @@
-"""What to change so that a plan fits: every single change is tried, then pairs, each by planning again. The smallest are first.
+"""What to change so that a plan fits: single changes are tried, then pairs, then triples, each by planning again. The smallest are first.
 
 Small is what changes least of what is learned and asked for: first what costs time alone, then what moves states off the devices, then other
 ranks or more machines, last another model.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 from conf.schema import PPO_ROLES, Config
@@ -19,8 +19,10 @@ from orchestration.planner.plan import Plan, plan
 MOST = 5
 """Remedies that are given at most."""
 LADDER = ("175b", "66b", "30b", "13b", "6.7b", "2.7b", "1.3b", "350m", "125m", "tiny", "micro")
-MOST_NODES = 64
+MOST_NODES = 4
 """Times as many nodes as there are that are tried at most."""
+TRIES = {1: 100, 2: 120, 3: 120}
+"""Plans that are made for single changes, pairs and triples at most: an answer is wanted in seconds."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +53,35 @@ def with_remedies(config: Config, found: Plan) -> Plan:
 
 
 def remedies(config: Config, nodes: Sequence[Node]) -> list[Remedy]:
-    """Single changes that fit, and pairs where fewer than `MOST` do. Of a family only the first, smallest, is given."""
+    """Single changes that fit; where none does, pairs, then triples; then a smaller model. Of a family only the smallest is given."""
     choices = list(changes(config, nodes))
-    known = set(configuration.contradictions(config))
-    fitting: list[Remedy] = []
-    families: set[tuple[str, ...]] = set()
-    for size in (1, 2, 3):
-        for chosen in combinations(choices, size):
+    known = set(configuration.contradictions(config, reads_data=False))
+    for size, tries in TRIES.items():
+        fitting: list[Remedy] = []
+        solved: set[tuple[str, ...]] = set()
+        for chosen in islice(_combined(choices, size), tries):
             names = tuple(change.family for change in chosen)
-            if len(set(names)) < size or any(set(done) <= set(names) for done in families):
+            if names in solved:
                 continue
             remedy = _tried(config, nodes, chosen, known)
             if remedy:
                 fitting.append(remedy)
-                families.add(names)
+                solved.add(names)
                 if len(fitting) == MOST:
-                    return fitting
-        if fitting and size > 1:
-            break
-    return fitting or _smaller(config, nodes, known)
+                    break
+        if fitting:
+            return fitting
+    return _smaller(config, nodes, known)
+
+
+def _combined(choices: list[Change], size: int) -> Iterator[tuple[Change, ...]]:
+    """Changes of different families. In pairs and triples the strongest of each family stand for it, which bounds the search."""
+    if size > 1:
+        last = {change.family: change for change in choices}
+        choices = [change for change in choices if last[change.family] is change or change.family == "devices"]
+    for chosen in combinations(choices, size):
+        if len({change.family for change in chosen}) == size:
+            yield chosen
 
 
 def _tried(config: Config, nodes: Sequence[Node], chosen: Sequence[Change], known: set[str]) -> Remedy | None:
@@ -77,7 +89,7 @@ def _tried(config: Config, nodes: Sequence[Node], chosen: Sequence[Change], know
     tried = config
     for change in chosen:
         tried = changed(tried, change.values)
-    if set(configuration.contradictions(tried)) - known:
+    if set(configuration.contradictions(tried, reads_data=False)) - known:
         return None
     found = plan(tried, more, timed=False)
     return Remedy(tuple(word for change in chosen for word in change.words), found.binds) if found.fits else None
@@ -196,8 +208,6 @@ def _machines(config: Config, nodes: Sequence[Node]) -> Iterator[Change]:
         else:
             continue
         yield change
-        if total > 8 * len(nodes):
-            return
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
