@@ -111,18 +111,21 @@ def _part(config: Config, name: str, found: list[str], roles: dict[str, RolePlan
     layout = lay_out(config.placement, found, nodes)
     turns: list[str | None] = list(found) if config.placement.sleep and len(found) > 1 else [None]
 
-    def memory(role: str, turn: str | None) -> RankMemory:
-        whole = roles[role].memory
-        return whole if turn in (None, role) else whole.asleep()
+    # (on the device, in host memory) of each role, at work and asleep: there are many ranks and few roles
+    awake = {role: _sizes(roles[role].memory) for role in found}
+    asleep = {role: _sizes(roles[role].memory.asleep()) for role in found}
+
+    def sizes(role: str, turn: str | None) -> tuple[int, int]:
+        return (awake if turn in (None, role) else asleep)[role]
 
     def on_device(there: list[tuple[str, int]]) -> int:
-        return max(sum(memory(role, turn).on("device") for role, _ in there) for turn in turns)
+        return max(sum(sizes(role, turn)[0] for role, _ in there) for turn in turns)
 
     def on_host(placed: Placed) -> int:
         def turn_of(turn: str | None) -> int:
-            there = [(memory(role, turn), roles[role].devices) for role, _ in placed.ranks]
+            there = [(*sizes(role, turn), roles[role].devices) for role, _ in placed.ranks]
             # a process for each device; without GPUs, what a rank computes with is in the same memory
-            return sum(held.on("host") * devices + (0 if cuda else held.on("device")) for held, devices in there)
+            return sum(host * devices + (0 if cuda else device) for device, host, devices in there)
 
         return max(map(turn_of, turns)) + (store(config) if placed.ranks else 0)
 
@@ -132,6 +135,10 @@ def _part(config: Config, name: str, found: list[str], roles: dict[str, RolePlan
         host=max(map(on_host, layout.placed), default=0),
         nvme=max((sum(roles[role].memory.on("nvme") for role, _ in placed.ranks) for placed in layout.placed), default=0),
     )  # fmt: skip
+
+
+def _sizes(memory: RankMemory) -> tuple[int, int]:
+    return memory.on("device"), memory.on("host")
 
 
 def store(config: Config) -> int:

@@ -25,7 +25,7 @@ from conf.sizes import Scale
 from orchestration.errors import RequestError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """Sizes of a model, in numbers of parameters where nothing else is said."""
 
@@ -67,43 +67,35 @@ class Shape:
 
 def language_model(config: Config) -> Shape:
     """The policy's: of `model.path`, of `policy_checkpoint`, or a rung of the ladder."""
-    return _shape(_named(config.model.path or config.policy_checkpoint, config.scale), scalar=False)
+    return _shape(config.model.path or config.policy_checkpoint, config.scale, scalar=False)
 
 
 def scalar_model(config: Config) -> Shape:
     """The reward model's and the critic's."""
     if config.reward_checkpoint:
-        return _shape(_named(config.reward_checkpoint, config.scale), scalar=True)
+        return _shape(config.reward_checkpoint, config.scale, scalar=True)
     if config.reward_scale is not None:
-        return _shape(_named(None, config.reward_scale), scalar=True)
-    return _shape(_named(config.model.path or config.policy_checkpoint, config.scale), scalar=True)
+        return _shape(None, config.reward_scale, scalar=True)
+    return _shape(config.model.path or config.policy_checkpoint, config.scale, scalar=True)
 
 
 def of_scale(scale: Scale, scalar: bool = False) -> Shape:
     """A rung of the ladder."""
-    return _shape(_named(None, scale), scalar)
+    return _shape(None, scale, scalar)
 
 
-def _named(path: str | None, scale: Scale) -> tuple[str, PretrainedConfig]:
+@lru_cache(maxsize=64)
+def _shape(path: str | None, scale: Scale, scalar: bool) -> Shape:
     if path is None:
-        return scale.name, shape_config(scale, scale.vocabulary)
+        return _counted(scale.name, shape_config(scale, scale.vocabulary), scalar)
     try:
-        return Path(path).name, AutoConfig.from_pretrained(path)
+        hf = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as cause:
         raise RequestError(
             f"model.path={path}: no configuration of a model to plan for ({' '.join(str(cause).split())[:200]}); give a folder with a "
             "config.json, or the name of a model on the hub"
         ) from cause
-
-
-_SHAPES: dict[str, Shape] = {}
-
-
-def _shape(named: tuple[str, PretrainedConfig], scalar: bool) -> Shape:
-    key = f"{named[0]} {scalar} {named[1].to_json_string(use_diff=False)}"
-    if key not in _SHAPES:
-        _SHAPES[key] = _counted(*named, scalar)
-    return _SHAPES[key]
+    return _counted(Path(path).name, hf, scalar)
 
 
 def on_meta(hf: PretrainedConfig, scalar: bool, layers: int | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -213,29 +205,15 @@ def activations(shape: Shape, rows: int, tokens: int, bf16: bool, autocast: bool
 
     Routing of a mixture of experts depends on numbers and cannot be traced: there, what a dense block of the routed experts' size saves.
     """
-    two = _activations(shape.hf.to_json_string(use_diff=False), _Once(shape), TRACED_ROWS, tokens, bf16, autocast)
+    two = _activations(shape, TRACED_ROWS, tokens, bf16, autocast)
     return Activations(two.block * rows // TRACED_ROWS, two.ends * rows // TRACED_ROWS)
 
 
-class _Once:
-    """Carries a shape past the cache, whose key is its configuration's text."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Once)
-
-
 @lru_cache(maxsize=64)
-def _activations(_key: str, once: _Once, rows: int, tokens: int, bf16: bool, autocast: bool) -> Activations:
-    hf = once.shape.hf
-    if experts_of(hf)[0]:
-        return _of_experts(once.shape, rows, tokens, 2 if bf16 or autocast else 4)
-    one, two = (_saved(with_layers(hf, n), rows, tokens, bf16, autocast) for n in (1, 2))
+def _activations(shape: Shape, rows: int, tokens: int, bf16: bool, autocast: bool) -> Activations:
+    if experts_of(shape.hf)[0]:
+        return _of_experts(shape, rows, tokens, 2 if bf16 or autocast else 4)
+    one, two = (_saved(with_layers(shape.hf, n), rows, tokens, bf16, autocast) for n in (1, 2))
     return Activations(two - one, 2 * one - two)
 
 

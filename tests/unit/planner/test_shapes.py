@@ -59,7 +59,7 @@ def test_the_cache_is_as_large_as_the_real_one(name: str, tmp_path: Path) -> Non
 
 def test_a_token_meets_only_the_experts_it_is_sent_to() -> None:
     hf = MODELS["mixtral"]
-    found = shapes._shape(("mixtral", hf), scalar=False)
+    found = shapes._counted("mixtral", hf, scalar=False)
     experts = 3 * 4 * 3 * 32 * 48  # layers, experts, matrices of width x inner width
     embedding = 96 * 32  # looked up, not multiplied with
     assert found.active == found.parameters - experts // 2 - embedding
