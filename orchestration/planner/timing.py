@@ -102,7 +102,13 @@ class Step:
         return sum(self.phases.values())
 
     def as_dict(self) -> dict[str, object]:
-        return {"seconds": self.seconds, "phases": self.phases, "tokens": self.tokens, "dollars": self.dollars, "assumptions": self.assumptions}
+        return {
+            "seconds": self.seconds,
+            "phases": self.phases,
+            "tokens": self.tokens,
+            "dollars": self.dollars,
+            "assumptions": self.assumptions,
+        }
 
 
 def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node]) -> Step:

@@ -119,7 +119,9 @@ def published() -> int:
     print("| actor | A100-80G | published, h | plan, h | ratio | constant x parameters per GPU, h | ratio |\n|---|---|---|---|---|---|---|")
     for p in found:
         hours = p.row.hours
-        print(f"| {p.row.scale} | {p.row.gpus} | {hours:.2f} | {p.ours:.2f} | {p.ours / hours:.2f} | {p.theirs:.2f} | {p.theirs / hours:.2f} |")
+        print(
+            f"| {p.row.scale} | {p.row.gpus} | {hours:.2f} | {p.ours:.2f} | {p.ours / hours:.2f} | {p.theirs:.2f} | {p.theirs / hours:.2f} |"
+        )
     ours, theirs = (mean_error([(getattr(p, who), p.row.hours) for p in found]) for who in ("ours", "theirs"))
     a, b = fitted(rows())
     print(f"\nmean |log ratio|: plan {ours:.3f}, constant {theirs:.3f}")
@@ -144,7 +146,9 @@ def measured(run: Path) -> int:
         seconds = one.seconds(speed)
         worst = max(worst, seconds / took[name], took[name] / seconds)
         print(f"| {name} | {took[name]:.3f} | {seconds:.3f} | {seconds / took[name]:.2f} |")
-    print(f"\n{speed.flops / 1e9:.1f} GFLOP/s, {speed.bandwidth / 1e9:.1f} GB/s, {speed.layer * 1e3:.2f} ms a layer; furthest: x{worst:.2f}")
+    print(
+        f"\n{speed.flops / 1e9:.1f} GFLOP/s, {speed.bandwidth / 1e9:.1f} GB/s, {speed.layer * 1e3:.2f} ms a layer; furthest: x{worst:.2f}"
+    )
     return int(worst > WITHIN)
 
 
