@@ -10,8 +10,8 @@ numbers that are trained, low = 2 bytes for bf16 on CUDA and 4 otherwise (bf16 o
 
     * and tensors of up to PERSISTENT numbers whole
 
-Gradients under ZeRO 1 and 2 are those of whole tensors: one that is cut by a boundary between ranks is whole on the first of them. An offloaded
-optimizer keeps them in fp32, twice: as they are added up, and as they are handed over. "Workspace" is what comes and goes within a step:
+Gradients under ZeRO 1 and 2 are those of whole tensors: one that is cut by a boundary between ranks is whole on the first of them. An
+offloaded optimizer keeps them in fp32, twice: as they are added up, and as they are handed over. "Workspace" is what comes and goes within a step:
 layers gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
 """
 
@@ -37,7 +37,7 @@ SUB_GROUP = 1_000_000_000
 PROCESS = int(0.7 * GIB)
 """Private memory of a rank's process with torch, transformers and DeepSpeed loaded, in host memory."""
 CONTEXT = int(0.8 * GIB)
-"""Device memory of a process before its first tensor: CUDA's context, kernels, NCCL's channels. Taken from experience, not measured here."""
+"""Device memory of a process before its first tensor: CUDA's context, kernels, NCCL's channels. An assumption, not measured."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _offloaded_gradients(stage: int, share: int, low: int, away: Where) -> list[
 
 
 def _step(stage: int, share: int, offloaded: str, largest: int, low: int) -> list[Held]:
-    """Gradients in fp32 and the temporaries of AdamW, of what is updated at once; of an offloaded optimizer, buffers to hand over one tensor."""
+    """Gradients in fp32 and AdamW's temporaries, of what is updated at once; of an offloaded optimizer, buffers to hand it over."""
     at_once = min(share, SUB_GROUP) if stage == 3 else share
     if offloaded == "none":
         return [Held("workspace", "device", at_once * (4 if stage == 0 else 8))]

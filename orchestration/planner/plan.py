@@ -1,4 +1,4 @@
-"""The plan: what every role holds, where it stands, whether it fits, and how long a step takes. Pure: nothing is started or connected to."""
+"""The plan: what every role holds, where it stands, whether it fits, how long a step takes. Pure: nothing is started or connected to."""
 
 from __future__ import annotations
 

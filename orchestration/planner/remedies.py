@@ -1,7 +1,7 @@
 """What to change so that a plan fits: single changes are tried, then pairs, then triples, each by planning again. The smallest are first.
 
-Small is what changes least of what is learned and asked for: first what costs time alone, then what moves states off the devices, then other
-ranks or more machines, last another model.
+Small is what changes least of what is learned and asked for: first what costs time alone, then what moves states off the devices, then
+other ranks or more machines, last another model.
 """
 
 from __future__ import annotations
