@@ -159,7 +159,7 @@ def frozen(config: Config, shape: Shape, ranks: int, rows: int, tokens: int, cud
 
 
 def rollout(config: Config, shape: Shape, cuda: bool) -> RankMemory:
-    """One device of a rollout engine: its part of the weights, and of keys and values of a whole batch of replies as long as the context."""
+    """One device of a rollout engine: its part of the weights, and of the keys and values of a batch of replies as long as the context."""
     place = config.placement.rollout
     low = 2 if config.dtype() == "bf16" and cuda else 4
     rows = min(config.engine.rollout_batch, max(config.ppo.batch // place.ranks, 1))

@@ -8,7 +8,7 @@ not overlapped. What a phase works on:
     learn      policy and critic: 3 forward passes' worth, 4 with activation checkpointing, for each epoch; text for PPO-ptx besides; AdamW
     sync       the policy's weights, in fp32, through the object store of each node
 
-Under ZeRO-3 each pass of a micro-batch brings all weights from the other ranks, and the backward pass brings them again and sends gradients.
+Under ZeRO-3 each pass of a micro-batch brings all weights from the other ranks, and the backward pass again, and sends gradients.
 Roles with devices of their own that work at once take as long as the slowest; roles that share devices take their sum. Replies are taken
 to be as long as `ppo.max_new_tokens`, and prompts as long as replies where the context has room.
 """
@@ -122,8 +122,8 @@ def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node]) -> Step:
         f"prompts of {prompt} and replies of {reply} tokens, none shorter",
         f"{ARITHMETIC:.0%} of {cluster.gpu_tflops:g} TFLOP/s, {READING:.0%} of {cluster.gpu_bandwidth_gb:g} GB/s in decoding, "
         f"{LAYER * 1e6:.0f} us a layer at least: fitted to DeepSpeed-Chat's published times",
-        f"{EXCHANGE:.0%} of the {'network' if len(nodes) > 1 else 'links'}, {STORE_GB:g} GB/s through the object store, {HOST_GB:g} GB/s to "
-        "host memory: assumed",
+        f"{EXCHANGE:.0%} of the {'network' if len(nodes) > 1 else 'links'}, {STORE_GB:g} GB/s through the object store, {HOST_GB:g} GB/s "
+        "to host memory: assumed",
         "every GPU of the cluster is paid for, in use or not" if dollars is not None else "no price: set cluster.price",
     ]
     return Step(phases, config.ppo.batch * (prompt + reply), dollars, found)

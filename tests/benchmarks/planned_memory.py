@@ -36,7 +36,8 @@ CELLS = [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer
 def overrides(scale: str, stage: int, offload: str, ranks: int, dtype: str) -> list[str]:
     """The configuration of a cell."""
     return [
-        f"scale={scale}", f"engine.zero_stage={stage}", f"model.dtype={dtype}", f"engine.micro_batch={ROWS}", f"placement.policy.ranks={ranks}",
+        f"scale={scale}", f"engine.zero_stage={stage}", f"model.dtype={dtype}",
+        f"engine.micro_batch={ROWS}", f"placement.policy.ranks={ranks}",
         f"ppo.batch={16 * ranks}", f"ppo.max_new_tokens={TOKENS // 2}", *OFFLOADS[offload],
     ]  # fmt: skip
 
