@@ -160,7 +160,8 @@ def _of_run(run: Path) -> Config:
     ppo, engine = text["ppo"], text["engine"]
     ranks = {role: text["placement"][role]["ranks"] for role in ("policy", "critic", "reference", "reward", "rollout")}
     return configuration.load([
-        f"scale={text['scale']['name']}", f"ppo.batch={ppo['batch']}", f"ppo.minibatches={ppo['minibatches']}", f"ppo.epochs={ppo['epochs']}",
+        f"scale={text['scale']['name']}", f"ppo.batch={ppo['batch']}", f"ppo.minibatches={ppo['minibatches']}",
+        f"ppo.epochs={ppo['epochs']}",
         f"ppo.max_new_tokens={ppo['max_new_tokens']}", f"engine.micro_batch={engine['micro_batch']}", "model.dtype=fp32",
         f"engine.rollout_batch={engine.get('rollout_batch', 256)}", *[f"placement.{role}.ranks={n}" for role, n in ranks.items()],
     ])  # fmt: skip
