@@ -173,7 +173,7 @@ def _active(module: nn.Module, hf: PretrainedConfig, scalar: bool) -> int:
             continue
         routed = experts and ".experts" in name and "shared_expert" not in name
         total += parameter.numel() * chosen // experts if routed else parameter.numel()
-    head = None if scalar else module.lm.get_output_embeddings()  # type: ignore[union-attr, operator]
+    head: Any = None if scalar else module.lm.get_output_embeddings()  # type: ignore[union-attr, operator]
     tied = head is not None and id(head.weight) in embeddings
     return total + (head.weight.numel() if tied else 0)
 

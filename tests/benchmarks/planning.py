@@ -118,10 +118,8 @@ def published() -> int:
     found = left_out()
     print("| actor | A100-80G | published, h | plan, h | ratio | constant x parameters per GPU, h | ratio |\n|---|---|---|---|---|---|---|")
     for p in found:
-        hours = p.row.hours
-        print(
-            f"| {p.row.scale} | {p.row.gpus} | {hours:.2f} | {p.ours:.2f} | {p.ours / hours:.2f} | {p.theirs:.2f} | {p.theirs / hours:.2f} |"
-        )
+        name, hours = p.row.scale, p.row.hours
+        print(f"| {name} | {p.row.gpus} | {hours:.2f} | {p.ours:.2f} | {p.ours / hours:.2f} | {p.theirs:.2f} | {p.theirs / hours:.2f} |")
     ours, theirs = (mean_error([(getattr(p, who), p.row.hours) for p in found]) for who in ("ours", "theirs"))
     a, b = fitted(rows())
     print(f"\nmean |log ratio|: plan {ours:.3f}, constant {theirs:.3f}")
