@@ -5,9 +5,10 @@
     chatray chat run=runs/NAME [stage=ppo]
     chatray config experiment=… (the resolved configuration)
     chatray doctor [ray.address=…] [--json] (what this machine or cluster has, and what is wrong with it)
+    chatray plan [any.setting=value …] [--json] (does it fit, and where; exit code 1: it does not)
     chatray data show experiment=… [set=demonstrations|held_out|prompts|comparisons|texts] [index=0]
 
-Exit codes: 0 done, 1 the run failed, 2 the request was wrong.
+Exit codes: 0 done, 1 the run failed (or would not fit), 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -80,6 +81,25 @@ def _config(words: Sequence[str]) -> None:
     from orchestration import config as configuration
 
     print(configuration.as_yaml(configuration.load(words)), end="")
+
+
+def _plan(words: Sequence[str]) -> None:
+    from orchestration import config as configuration
+
+    config = configuration.load([word for word in words if word != "--json"], reads_data=False)
+    _quiet()
+    import json
+
+    from orchestration.planner import machines, show, with_remedies
+    from orchestration.planner.plan import as_dict, plan
+
+    found = with_remedies(config, plan(config, machines.described(config.cluster)))
+    if "--json" in words:
+        print(json.dumps(as_dict(found)))
+    else:
+        show.show(found)
+    if not found.fits:
+        raise RunError(f"it does not fit on cluster={config.cluster.name}: {found.reasons[0]}")
 
 
 def _report(words: Sequence[str]) -> None:
@@ -170,7 +190,7 @@ def _quiet() -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
-    "run": _run, "report": _report, "chat": _chat, "config": _config, "data": _data, "doctor": _doctor,
+    "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -42,12 +42,13 @@ SUFFIXES = {
 """Names of the files that are read from a folder, by format; each may end in .gz besides."""
 
 
-def load(overrides: Sequence[str], working_directory: Path | None = None) -> Config:
+def load(overrides: Sequence[str], working_directory: Path | None = None, reads_data: bool = True) -> Config:
     """The configuration that the overrides ask for, checked.
 
     Args:
         overrides: in Hydra's grammar, e.g. `experiment=quickstart ppo.lr=1e-4`.
         working_directory: what relative paths start from; the current one by default.
+        reads_data: whether files of `data` must be there.
 
     Raises:
         RequestError: with every mistake found in the overrides, the types and what they add up to.
@@ -61,7 +62,7 @@ def load(overrides: Sequence[str], working_directory: Path | None = None) -> Con
     config = _typed(plain, mistakes)
     if config is not None:
         config = with_absolute_paths(config, working_directory or Path.cwd())
-        mistakes += list(contradictions(config))
+        mistakes += list(contradictions(config, reads_data))
     if mistakes or config is None:
         raise RequestError(mistakes)
     return config
@@ -193,11 +194,11 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
     )  # fmt: skip
 
 
-def contradictions(config: Config) -> Iterable[str]:
+def contradictions(config: Config, reads_data: bool = True) -> Iterable[str]:
     """What no single setting shows: values that do not go together, and files that are not there."""
     yield from _shapes(config)
     yield from _ranks(config)
-    yield from _files(config)
+    yield from _files(config, reads_data)
     yield from _pretraining(config)
     yield from _adapters(config)
     yield from _features(config)
@@ -266,8 +267,8 @@ def _ppo(config: Config) -> Iterable[str]:
         yield f"ppo.dual_clip={ppo.dual_clip:g}: not above 1 + ppo.clip={1 + ppo.clip:g}; it would cut ratios that the clip leaves alone"
 
 
-def _files(config: Config) -> Iterable[str]:
-    if isinstance(config.data, FilesData):
+def _files(config: Config, reads_data: bool) -> Iterable[str]:
+    if reads_data and isinstance(config.data, FilesData):
         yield from _parts(config.data)
     for name in ("policy_checkpoint", "reward_checkpoint"):
         path = getattr(config, name)

@@ -17,7 +17,7 @@ ADDRESS = "FORK_SERVER"
 
 
 def serve(path: str) -> None:
-    """Fork for every request until the socket is told to stop; prints a line when it listens."""
+    """Fork for every request until killed, together with all forks, as a process group; prints a line when it listens."""
     import ray._private.runtime_env.context
     import ray._private.workers.default_worker  # noqa: F401  # every fork has it then
 
@@ -29,8 +29,6 @@ def serve(path: str) -> None:
         while True:
             asking, _ = listening.accept()
             request = asking.makefile("rb").read()
-            if not request:
-                return
             if os.fork() == 0:
                 listening.close()
                 work(*json.loads(request))  # `asking` closes with this process, and whoever asked ends too

@@ -4,7 +4,7 @@ with ranks that import no torch."""
 from __future__ import annotations
 
 import os
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,7 +61,7 @@ def cluster() -> Iterator[Cluster]:
         address = f"{folder}/fork"
         # The first driver of a cluster has job 1. Ray reads both once per process, so a fork cannot be told later.
         fixed = {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
-        server = subprocess.Popen([sys.executable, FORK_SERVER, address], stdout=subprocess.PIPE, env=os.environ | fixed)
+        server = subprocess.Popen([sys.executable, FORK_SERVER, address], stdout=subprocess.PIPE, env=os.environ | fixed, start_new_session=True)
         assert server.stdout and server.stdout.readline()
         changes = {"FORK_SERVER": address, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         with pytest.MonkeyPatch.context() as patch:
@@ -78,8 +78,7 @@ def cluster() -> Iterator[Cluster]:
             finally:
                 ray.shutdown()
                 started.shutdown()
-                with socket.socket(socket.AF_UNIX) as stop:
-                    stop.connect(address)
+                os.killpg(server.pid, signal.SIGKILL)  # forks take the server's word for their raylet, and would not miss their own
                 server.wait(timeout=20)
     left = wait_until_gone(lambda: [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and _of_ray(p)])
     assert not left, left

@@ -1,0 +1,265 @@
+"""Bytes that each rank of a role holds at its moment of most use, by kind.
+
+The rules are those of DeepSpeed 0.19 as `actors/engine.py` sets it up, and were measured (`tests/benchmarks/planned_memory.py`). N ranks, t
+numbers that are trained, low = 2 bytes for bf16 on CUDA and 4 otherwise (bf16 on a CPU is autocast over fp32 weights):
+
+    ZeRO   parameters      gradients            optimizer                 communication
+    0      low P           low t                8 t (+ 4 t if low is 2)   -
+    1, 2   low P           low t / N            12 t / N                  a reduce bucket
+    3      low P / N *     low t / N            12 t / N                  a reduce bucket
+
+    * and tensors of up to PERSISTENT numbers whole
+
+Gradients under ZeRO 1 and 2 are those of whole tensors: one that is cut by a boundary between ranks is whole on the first of them. An
+offloaded optimizer keeps them in fp32, twice: as they are added up, and as they are handed over. "Workspace" is what comes and goes within a
+step: layers gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import ceil
+from typing import Literal
+
+from actors.algorithms.logprobs import CHUNK_LOGITS
+from actors.sharding import PERSISTENT, buckets
+from conf.schema import Config
+from orchestration.planner.machines import GIB
+from orchestration.planner.shapes import Shape, activations, language_model, scalar_model
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "kv_cache", "communication", "workspace", "runtime")
+Where = Literal["device", "host", "nvme", "disk"]
+
+SUB_GROUP = 1_000_000_000
+"""ZeRO-3: numbers that the optimizer updates at once (DeepSpeed's default `sub_group_size`)."""
+PROCESS = int(0.7 * GIB)
+"""Private memory of a rank's process with torch, transformers and DeepSpeed loaded, in host memory."""
+CONTEXT = int(0.8 * GIB)
+"""Device memory of a process before its first tensor: CUDA's context, kernels, NCCL's channels. An assumption, not measured."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one kind in one place."""
+
+    kind: str
+    where: Where
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank holds. "device" is where it computes: a GPU, or the host's memory on a machine without one."""
+
+    parts: tuple[Held, ...]
+
+    def of(self, kind: str) -> int:
+        """Bytes of a kind, wherever they lie."""
+        return sum(part.bytes for part in self.parts if part.kind == kind)
+
+    def on(self, where: Where) -> int:
+        return sum(part.bytes for part in self.parts if part.where == where)
+
+    def by_kind(self) -> dict[str, int]:
+        """Kinds on the device, and the totals of the other places."""
+        on_device = {kind: sum(p.bytes for p in self.parts if (p.kind, p.where) == (kind, "device")) for kind in KINDS}
+        return on_device | {where: self.on(where) for where in ("host", "nvme", "disk")}  # type: ignore[arg-type]
+
+    def asleep(self) -> RankMemory:
+        """The same rank while others work on its device: what it needs again lies in host memory, the rest is given back."""
+        kept = ("parameters", "optimizer")
+        moved = [replace(p, where="host") for p in self.parts if p.where == "device" and p.kind in kept]
+        left = [p for p in self.parts if p.where != "device" or p.kind == "runtime"]
+        return RankMemory((*left, *moved))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass is over."""
+
+    rows: int
+    tokens: int
+    """Of each row."""
+    wanted: int
+    """Tokens of each row that log-probs are computed of."""
+
+
+def of_role(config: Config, role: str, cuda: bool) -> RankMemory:
+    """One rank of a role (the one that holds most), with sequences as long as the model's context."""
+    scalar = role in ("critic", "reward")
+    if role == "reward" and config.ppo.rewards and not any(source.kind == "model" for source in config.ppo.rewards):
+        return RankMemory((Held("process", "host", PROCESS),))
+    shape = scalar_model(config) if scalar else language_model(config)
+    ranks = getattr(config.placement, role).ranks
+    rows, tokens = config.engine.micro_batch, shape.context
+    if role == "rollout":
+        return rollout(config, shape, cuda)
+    if role in ("reference", "reward"):
+        return frozen(config, shape, ranks, rows, tokens, cuda)
+    wanted = tokens if role == "train" or config.ppo.ptx > 0 else min(config.ppo.max_new_tokens, tokens)
+    return training(config, shape, role, ranks, MicroBatch(rows, tokens, wanted), cuda)
+
+
+def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBatch, cuda: bool, rank: int | None = None) -> RankMemory:
+    """A rank that learns; None: the one that holds most."""
+    stage, bf16 = config.zero_stage(), config.dtype() == "bf16"
+    low = 2 if bf16 and cuda else 4
+    tensors = trained_tensors(config, shape, role)
+    share = _share(tensors, ranks) if stage else sum(tensors)
+    offloaded = config.offload_optimizer() if stage else "none"
+    away: Where = {"none": "device", "cpu": "host", "nvme": "nvme" if stage == 3 else "host"}[offloaded]  # type: ignore[assignment]
+    bucket = buckets(shape.tensors, tensors).reduce * low if stage else 0
+    masters = 12 * share if stage or low == 2 else 8 * share
+    gradients = _gradients(tensors, ranks, stage, low, rank)
+    parts = [
+        *_parameters(config, shape, ranks, low),
+        Held("optimizer", away, masters),
+        *_offloaded_gradients(stage, share, low, away if away != "nvme" else "host"),
+        Held("communication", "device", bucket),
+        *_passes(config, shape, batch, cuda),
+        *_step(stage, share, offloaded, max(tensors, default=0), low),
+        *_process(config, shape, ranks, cuda),
+        *([Held("to go back to", "host", 2 * 4 * share)] if role == "policy" else []),
+        Held("state", "disk", (config.commit.keep + 1) * (masters + _ceil(shape.parameters, ranks) * low)),
+    ]
+    if offloaded == "none":
+        parts.append(Held("gradients", "device", gradients))
+    return RankMemory(tuple(parts))
+
+
+def _offloaded_gradients(stage: int, share: int, low: int, away: Where) -> list[Held]:
+    if away == "device" or stage == 0:
+        return []
+    added_up = low if stage == 3 else 4
+    return [Held("gradients", away, share * added_up), Held("gradients", away, share * 4)]
+
+
+def _step(stage: int, share: int, offloaded: str, largest: int, low: int) -> list[Held]:
+    """Gradients in fp32 and AdamW's temporaries, of what is updated at once; of an offloaded optimizer, buffers to hand it over."""
+    at_once = min(share, SUB_GROUP) if stage == 3 else share
+    if offloaded == "none":
+        return [Held("workspace", "device", at_once * (4 if stage == 0 else 8))]
+    # ZeRO 1 and 2 pass gradients through two buffers of the largest tensor's size, and new weights back through one of the share's
+    passing = [Held("communication", "host", (largest + share) * low), Held("communication", "device", largest * low)]
+    buffers = passing if stage < 3 else []
+    return [*buffers, Held("workspace", "host", at_once * 4)]
+
+
+def frozen(config: Config, shape: Shape, ranks: int, rows: int, tokens: int, cuda: bool) -> RankMemory:
+    """A rank that only gives log-probs or scores: nothing is kept for a backward pass."""
+    low = 2 if config.dtype() == "bf16" and cuda else 4
+    kept = _kept(config, shape, rows, tokens, cuda)
+    passing = Held("activations", "device", kept.block + kept.ends)
+    spare = _logits(shape, rows * tokens, learns=False) + _gathered(config, shape, low)
+    return RankMemory(
+        (*_parameters(config, shape, ranks, low), passing, Held("workspace", "device", spare), *_process(config, shape, ranks, cuda))
+    )
+
+
+def rollout(config: Config, shape: Shape, cuda: bool) -> RankMemory:
+    """One device of a rollout engine: its part of the weights, and of the keys and values of a batch of replies as long as the context."""
+    place = config.placement.rollout
+    low = 2 if config.dtype() == "bf16" and cuda else 4
+    rows = min(config.engine.rollout_batch, max(config.ppo.batch // place.ranks, 1))
+    cache = _ceil(shape.cache(rows * shape.context, low), place.tensor_parallel)
+    sampling = rows * shape.vocabulary * (2 * 4 + 2 * 8)  # log-probs in fp32, their cumulative sum in fp64
+    prefill = rows * max(shape.context - config.ppo.max_new_tokens, 1) * 6 * shape.width * low
+    growing = cache // shape.layers  # one layer's cache is copied when a token is added
+    return RankMemory(
+        (
+            Held("parameters", "device", _ceil(shape.parameters, place.tensor_parallel) * low),
+            Held("kv_cache", "device", cache),
+            Held("workspace", "device", max(sampling, _ceil(prefill, place.tensor_parallel)) + growing),
+            Held("process", "host", PROCESS),
+            *([Held("runtime", "device", CONTEXT)] if cuda else []),
+            Held("shards", "host", min(config.engine.shard_mb * 10**6, shape.parameters * 4)),
+        )
+    )
+
+
+def trained_tensors(config: Config, shape: Shape, role: str) -> list[int]:
+    """Numbers in each tensor that this role trains: all of the model's, or its adapters' and a scalar head."""
+    adapted = config.lora.trains("reward_model" if role == "train" and shape.scalar else role)
+    if not adapted:
+        return list(shape.tensors)
+    chosen = [(a, b) for name, a, b in shape.linear if not config.lora.targets or name in config.lora.targets]
+    found = [config.lora.rank * size for pair in chosen for size in pair]
+    return [*found, shape.width, 1] if shape.scalar else found
+
+
+def _parameters(config: Config, shape: Shape, ranks: int, low: int) -> list[Held]:
+    if config.zero_stage() < 3:
+        return [Held("parameters", "device", shape.parameters * low)]
+    small = sum(size for size in shape.tensors if size <= PERSISTENT) * low
+    share = _share(shape.tensors, ranks) * low
+    rest: dict[str, Where] = {"none": "device", "cpu": "host", "nvme": "nvme"}
+    whole = [Held("parameters", "device", small)] if ranks > 1 else []
+    return [Held("parameters", rest[config.offload_parameters()], share), *whole]
+
+
+def _share(tensors: Iterable[int], ranks: int) -> int:
+    """What a rank has of tensors that are each cut into equal parts."""
+    return sum(_ceil(size, ranks) for size in tensors)
+
+
+def _gradients(tensors: list[int], ranks: int, stage: int, low: int, rank: int | None) -> int:
+    """Of a rank, or of the one that has most of them, when all micro-batches have been added up."""
+    if stage in (0, 3):
+        return low * (sum(tensors) if stage == 0 else _share(tensors, ranks))
+    edge = _ceil(sum(tensors), ranks)
+    starts = [0]
+    for size in tensors:
+        starts.append(starts[-1] + size)
+    held = [0] * ranks
+    for start, stop in pairwise(starts):
+        for owner in range(start // edge, min((stop - 1) // edge, ranks - 1) + 1):
+            held[owner] += stop - max(start, owner * edge)  # whole to its end, though the next rank has the rest as well
+    return low * (max(held) if rank is None else held[rank])
+
+
+def _kept(config: Config, shape: Shape, rows: int, tokens: int, cuda: bool):
+    bf16 = config.dtype() == "bf16"
+    return activations(shape, rows, tokens, bf16 and cuda, bf16 and not cuda)
+
+
+def _passes(config: Config, shape: Shape, batch: MicroBatch, cuda: bool) -> list[Held]:
+    """What a forward and backward pass of one micro-batch keeps, and what it needs in passing."""
+    number = 2 if config.dtype() == "bf16" else 4
+    low = 2 if config.dtype() == "bf16" and cuda else 4
+    kept = _kept(config, shape, batch.rows, batch.tokens, cuda)
+    positions = batch.rows * batch.wanted
+    head = 0 if shape.scalar else positions * (shape.width * number + 32)  # states of predicted tokens, targets, totals, entropies
+    spare = (0 if shape.scalar else _logits(shape, positions, learns=True)) + _gathered(config, shape, low)
+    if config.activation_checkpointing():
+        inputs = shape.layers * batch.rows * batch.tokens * shape.width * number
+        return [Held("activations", "device", kept.ends + head + inputs), Held("workspace", "device", kept.block + spare)]
+    return [Held("activations", "device", kept.ends + head + shape.layers * kept.block), Held("workspace", "device", spare)]
+
+
+def _logits(shape: Shape, positions: int, learns: bool) -> int:
+    """One chunk of them in fp32, as often as they are there at once; with a backward pass also the output's gradient in fp32."""
+    if shape.scalar:
+        return 0
+    chunk = min(positions * shape.vocabulary, max(CHUNK_LOGITS, shape.vocabulary))
+    return chunk * 4 * 3 + (shape.vocabulary * shape.width * 4 if learns else 0)
+
+
+def _gathered(config: Config, shape: Shape, low: int) -> int:
+    """Whole layers that ZeRO-3 holds at once: the embedding, and blocks as far as they are kept or fetched ahead."""
+    if config.zero_stage() < 3:
+        return 0
+    sizes = buckets(shape.tensors, shape.tensors)
+    return min(shape.parameters, max(shape.tensors) + max(shape.block, sizes.live) + sizes.prefetch) * low
+
+
+def _process(config: Config, shape: Shape, ranks: int, cuda: bool) -> list[Held]:
+    shard = min(config.engine.shard_mb * 10**6, shape.parameters * 4)
+    exported = Held("export", "disk", _ceil(shape.parameters, ranks) * 4)
+    on_device = [Held("runtime", "device", CONTEXT)] if cuda else []
+    return [Held("process", "host", PROCESS), Held("shards", "host", shard), exported, *on_device]
+
+
+def _ceil(number: int, parts: int) -> int:
+    return ceil(number / parts) if parts > 1 else number

@@ -1,0 +1,228 @@
+"""The plan: what every role holds, where it stands, whether it fits, how long a step takes. Pure: nothing is started or connected to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conf.machines import Cluster
+from conf.schema import Config
+from orchestration.bundles import Bundle
+from orchestration.planner.layout import Layout, Placed, lay_out
+from orchestration.planner.machines import GIB, Node
+from orchestration.planner.memory import RankMemory, of_role
+from orchestration.planner.shapes import language_model, scalar_model
+from orchestration.planner.timing import Step, ppo_step
+
+USABLE = 0.95
+"""Share of a device's or a node's memory that is planned with; the rest is the allocator's fragmentation and the operating system."""
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """One role."""
+
+    parameters: int
+    ranks: int
+    devices: int
+    """Of each rank: more than one for an engine with tensor parallelism."""
+    memory: RankMemory
+    """Of each rank; of an engine with tensor parallelism, of each device."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Ranks that are there at the same time: a training stage's, or PPO's."""
+
+    name: str
+    layout: Layout
+    device: int
+    """Bytes on the fullest device."""
+    host: int
+    """Bytes in the fullest node's memory."""
+    nvme: int
+    """Bytes in files of the node that has most."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer."""
+
+    cluster: str
+    nodes: list[Node]
+    roles: dict[str, RolePlan]
+    parts: list[Part]
+    reasons: list[str]
+    """Why it does not fit; empty if it does."""
+    binds: str
+    """The resource that is nearest to its limit."""
+    disk: int
+    """Bytes of commits and exports below `run_dir`."""
+    step: Step | None
+    """One step of PPO."""
+    remedies: list[Any]
+    """Smallest changes that make it fit, best first; filled in by `remedies.with_remedies`."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.reasons
+
+
+def plan(config: Config, nodes: Sequence[Node], cluster: Cluster | None = None, timed: bool = True) -> Plan:
+    """Whether and how this configuration runs on these machines.
+
+    Args:
+        nodes: described (`machines.described`) or seen on a live cluster.
+        cluster: speeds, for the time of a step; by default `config.cluster`.
+        timed: whether a step's time is wanted as well.
+    """
+    cluster = cluster or config.cluster
+    kinds = groups(config)
+    cuda = any(getattr(config.placement, role).gpus for roles in kinds.values() for role in roles)
+    roles = {role: _role(config, role, cuda) for found in kinds.values() for role in found}
+    parts = [_part(config, name, found, roles, nodes, cuda) for name, found in kinds.items()]
+    disk = max((sum(roles[r].memory.on("disk") * roles[r].ranks for r in found) for found in kinds.values()), default=0)
+    uses = [use for part in parts for use in _uses(config, part, nodes, cuda, disk)]
+    reasons = [reason for part in parts for reason in _homeless(part, nodes)] + [u.reason for u in uses if u.wanted > u.limit]
+    nearest = max(uses, key=lambda use: use.wanted / max(use.limit, 1))
+    step = ppo_step(config, cluster, nodes) if timed and "ppo" in kinds and cuda and cluster.gpu_tflops else None
+    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), disk, step, [])
+
+
+def groups(config: Config) -> dict[str, list[str]]:
+    """Roles that are there together, by what they are there for, as `stage` asks."""
+    found = {"training stages": ["train"], "ppo": config.roles_of_ppo()}
+    if config.stage in ("pretrain", "sft", "reward_model"):
+        del found["ppo"]
+    elif config.stage != "all":
+        del found["training stages"]
+    return found
+
+
+def _role(config: Config, role: str, cuda: bool) -> RolePlan:
+    place = getattr(config.placement, role)
+    shape = scalar_model(config) if role in ("critic", "reward") else language_model(config)
+    memory = of_role(config, role, cuda)
+    return RolePlan(shape.parameters if memory.of("parameters") else 0, place.ranks, place.tensor_parallel, memory)
+
+
+def _part(config: Config, name: str, found: list[str], roles: dict[str, RolePlan], nodes: Sequence[Node], cuda: bool) -> Part:
+    layout = lay_out(config.placement, found, nodes)
+    turns: list[str | None] = list(found) if config.placement.sleep and len(found) > 1 else [None]
+
+    # (on the device, in host memory) of each role, at work and asleep: there are many ranks and few roles
+    awake = {role: _sizes(roles[role].memory) for role in found}
+    asleep = {role: _sizes(roles[role].memory.asleep()) for role in found}
+
+    def sizes(role: str, turn: str | None) -> tuple[int, int]:
+        return (awake if turn in (None, role) else asleep)[role]
+
+    def on_device(there: list[tuple[str, int]]) -> int:
+        return max(sum(sizes(role, turn)[0] for role, _ in there) for turn in turns)
+
+    def on_host(placed: Placed) -> int:
+        def turn_of(turn: str | None) -> int:
+            there = [(*sizes(role, turn), roles[role].devices) for role, _ in placed.ranks]
+            # a process for each device; without GPUs, what a rank computes with is in the same memory
+            return sum(host * devices + (0 if cuda else device) for device, host, devices in there)
+
+        return max(map(turn_of, turns)) + (store(config) if placed.ranks else 0)
+
+    return Part(
+        name, layout,
+        device=max((on_device(there) for placed in layout.placed for there in placed.devices), default=0),
+        host=max(map(on_host, layout.placed), default=0),
+        nvme=max((sum(roles[role].memory.on("nvme") for role, _ in placed.ranks) for placed in layout.placed), default=0),
+    )  # fmt: skip
+
+
+def _sizes(memory: RankMemory) -> tuple[int, int]:
+    return memory.on("device"), memory.on("host")
+
+
+def store(config: Config) -> int:
+    """Bytes of Ray's object store on a node."""
+    return config.ray.object_store_mb << 20
+
+
+@dataclass(frozen=True)
+class Use:
+    """How much of something is wanted, beside how much there is."""
+
+    what: str
+    wanted: int
+    limit: int
+    remark: str = ""
+
+    @property
+    def reason(self) -> str:
+        return f"{self.what}: {amount(self.wanted)} wanted, {amount(self.limit)} usable{self.remark}"
+
+    def says(self) -> str:
+        return f"{self.what}, {amount(self.wanted)} of {amount(self.limit)} usable ({self.wanted / max(self.limit, 1):.0%})"
+
+
+def _uses(config: Config, part: Part, nodes: Sequence[Node], cuda: bool, disk: int) -> Iterator[Use]:
+    in_use = [placed.node for placed in part.layout.placed if placed.bundles] or list(nodes)
+    if cuda:
+        yield Use(f"device memory in {part.name}", part.device, int(min(n.gpu_memory for n in in_use) * USABLE))
+    yield Use(f"host memory in {part.name}", part.host, int(min(n.host_memory for n in in_use) * USABLE), " on one node")
+    yield Use("/dev/shm", store(config), min(n.shm for n in in_use), "; lower ray.object_store_mb")
+    local = part.nvme + (disk if len(in_use) == 1 else 0)
+    yield Use("local disk", local, min(n.disk for n in in_use), "" if part.nvme else "; lower commit.keep, or give run_dir a larger disk")
+
+
+def _homeless(part: Part, nodes: Sequence[Node]) -> Iterator[str]:
+    left = part.layout.homeless
+    if not left:
+        return
+    cpus, gpus = (sum(getattr(bundle, kind) for bundle in _all(part)) for kind in ("cpus", "gpus"))
+    have = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
+    first = left[0]
+    yield (
+        f"{len(left)} of {part.layout.wanted} bundles of {part.name} find no room: the first one left over wants {first.cpus:g} CPUs and "
+        f"{first.gpus:g} GPUs on one node for {', '.join(f'{role} rank {rank}' for role, rank in first.ranks)}; in all {cpus:g} CPUs and "
+        f"{gpus:g} GPUs are wanted, and the cluster has {have[0]:g} and {have[1]:g} on {len(nodes)} nodes"
+    )
+
+
+def _all(part: Part) -> list[Bundle]:
+    stand = [Bundle(placed.cpus, placed.gpus, ()) for placed in part.layout.placed]
+    return [*stand, *part.layout.homeless]
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    for unit, name in ((1 << 40, "TiB"), (GIB, "GiB"), (1 << 20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:.0f} {name}"
+    return f"{size / 1024:.0f} KiB" if size else "0"
+
+
+def as_dict(found: Plan) -> dict[str, Any]:
+    """For programs."""
+    return {
+        "fits": found.fits,
+        "cluster": found.cluster,
+        "nodes": len(found.nodes),
+        "roles": {
+            name: {"parameters": role.parameters, "ranks": role.ranks, "devices": role.devices, "bytes_per_rank": role.memory.by_kind()}
+            for name, role in found.roles.items()
+        },
+        "placement": {
+            part.name: [
+                {"node": placed.node.name, "cpus": round(placed.cpus, 4), "gpus": round(placed.gpus, 4), "bundles": placed.bundles,
+                 "devices": [[f"{role} {rank}" for role, rank in there] for there in placed.devices],
+                 "ranks": [f"{role} {rank}" for role, rank in placed.ranks]}
+                for placed in part.layout.placed
+            ]
+            for part in found.parts
+        },
+        "fullest": {part.name: {"device": part.device, "host": part.host, "nvme": part.nvme} for part in found.parts},
+        "disk": found.disk,
+        "binds": found.binds,
+        "step": found.step.as_dict() if found.step else None,
+        "reasons": found.reasons,
+        "remedies": [{"changes": list(remedy.changes), "binds": remedy.binds} for remedy in found.remedies],
+    }  # fmt: skip

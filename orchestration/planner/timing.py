@@ -1,0 +1,203 @@
+"""How long a step of PPO takes: work in each phase, divided by what the machine does of it in a second.
+
+Each phase is arithmetic, bytes read from memory, bytes that come from other ranks, and kernels that wait for each other; they are added,
+not overlapped. What a phase works on:
+
+    generate   prompts are read once (arithmetic); then each token of all replies of a batch reads the weights and the cache (bandwidth)
+    score      a forward pass of reference, reward model, critic (values) and policy (old log-probs)
+    learn      policy and critic: 3 forward passes' worth, 4 with activation checkpointing, for each epoch; text for PPO-ptx besides; AdamW
+    sync       the policy's weights, in fp32, through the object store of each node
+
+Under ZeRO-3 each pass of a micro-batch brings all weights from the other ranks, and the backward pass again, and sends gradients.
+Roles with devices of their own that work at once take as long as the slowest; roles that share devices take their sum. Replies are taken
+to be as long as `ppo.max_new_tokens`, and prompts as long as replies where the context has room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from conf.machines import Cluster
+from conf.schema import Config
+from orchestration.planner.machines import Node
+from orchestration.planner.shapes import Shape, language_model, scalar_model
+
+STORE_GB = 2.0
+"""GB/s in which weights go through a node's object store: one copy in, one out. An assumption."""
+HOST_GB = 20.0
+"""GB/s between a GPU and host memory, for offloaded states: PCIe 4.0 x16 as it is reached. An assumption."""
+HOST_ADAM_GB = 10.0
+"""GB/s of each rank's AdamW in host memory. An assumption."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one device does in a second, and the share of it that is reached."""
+
+    flops: float
+    bandwidth: float
+    """Bytes from its own memory."""
+    network: float
+    """Bytes from other ranks."""
+    arithmetic: float
+    """Share of `flops` that is reached."""
+    reading: float
+    """Share of `bandwidth` that is reached in decoding."""
+    exchange: float
+    """Share of `network` that is reached."""
+    layer: float
+    """Seconds that a layer takes at least, forward: its kernels wait for each other and for Python."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one device in one phase."""
+
+    flops: float = 0.0
+    read: float = 0.0
+    exchanged: float = 0.0
+    layers: float = 0.0
+    """Layers run one after the other, whatever is in them."""
+    fixed: float = 0.0
+    """Seconds that no setting of the device changes."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self.parts(), other.parts(), strict=True)))
+
+    def times(self, factor: float) -> Work:
+        return Work(*(factor * part for part in self.parts()))
+
+    def parts(self) -> tuple[float, ...]:
+        return self.flops, self.read, self.exchanged, self.layers, self.fixed
+
+    def seconds(self, speed: Speed) -> float:
+        return (
+            self.flops / (speed.flops * speed.arithmetic) + self.read / (speed.bandwidth * speed.reading)
+            + self.exchanged / (speed.network * speed.exchange) + self.layers * speed.layer + self.fixed
+        )  # fmt: skip
+
+
+ARITHMETIC, LAYER = 0.18, 1.05e-3
+"""Fitted to DeepSpeed-Chat's published step-3 times (`tests/benchmarks/planning.py`)."""
+READING, EXCHANGE = 0.7, 0.5
+"""Assumptions; those times do not tell them apart from arithmetic."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of PPO."""
+
+    phases: dict[str, float]
+    """Seconds."""
+    tokens: int
+    """Prompts and replies."""
+    dollars: float | None
+    """None: the cluster states no price."""
+    assumptions: list[str]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "seconds": self.seconds,
+            "phases": self.phases,
+            "tokens": self.tokens,
+            "dollars": self.dollars,
+            "assumptions": self.assumptions,
+        }
+
+
+def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node]) -> Step:
+    """Tokens, seconds and cost of a step on GPUs."""
+    speed = of_cluster(cluster, len(nodes))
+    prompt, reply = lengths(config)
+    phases = {name: work.seconds(speed) for name, work in work_of(config, prompt, reply).items()}
+    gpus = sum(node.gpus for node in nodes)
+    dollars = cluster.price * gpus * sum(phases.values()) / 3600 if cluster.price else None
+    found = [
+        f"prompts of {prompt} and replies of {reply} tokens, none shorter",
+        f"{ARITHMETIC:.0%} of {cluster.gpu_tflops:g} TFLOP/s, {READING:.0%} of {cluster.gpu_bandwidth_gb:g} GB/s in decoding, "
+        f"{LAYER * 1e6:.0f} us a layer at least: fitted to DeepSpeed-Chat's published times",
+        f"{EXCHANGE:.0%} of the {'network' if len(nodes) > 1 else 'links'}, {STORE_GB:g} GB/s through the object store, {HOST_GB:g} GB/s "
+        "to host memory: assumed",
+        "every GPU of the cluster is paid for, in use or not" if dollars is not None else "no price: set cluster.price",
+    ]
+    return Step(phases, config.ppo.batch * (prompt + reply), dollars, found)
+
+
+def of_cluster(cluster: Cluster, nodes: int) -> Speed:
+    network = cluster.network_gb if nodes > 1 else cluster.link_gb
+    return Speed(cluster.gpu_tflops * 1e12, cluster.gpu_bandwidth_gb * 1e9, network * 1e9, ARITHMETIC, READING, EXCHANGE, LAYER)
+
+
+def lengths(config: Config) -> tuple[int, int]:
+    """Tokens of a prompt and of a reply."""
+    context, reply = language_model(config).context, config.ppo.max_new_tokens
+    return max(min(reply, context - reply), 1), reply
+
+
+def work_of(config: Config, prompt: float, reply: float) -> dict[str, Work]:
+    """Work of the busiest device in each phase; where roles share devices, of all of them together."""
+    policy, scorer = language_model(config), scalar_model(config)
+    place, ppo, length = config.placement, config.ppo, prompt + reply
+    low = 2 if config.dtype() == "bf16" else 4
+    generate = _generate(config, policy, prompt, reply, low)
+    passes = {"reference": policy, "reward": scorer, "critic": scorer, "policy": policy}
+    present = {role: shape for role, shape in passes.items() if role in config.roles_of_ppo() or role == "reference"}
+    score = {
+        role: _forward(config, shape, ppo.batch, length, getattr(place, role if role in config.roles_of_ppo() else "policy").ranks, low)
+        for role, shape in present.items()
+    }
+    learn = {role: _learn(config, role, shape, length, low) for role, shape in present.items() if role in ("policy", "critic")}
+    sync = Work(fixed=2 * policy.parameters * 4 / (STORE_GB * 1e9))
+    return {"generate": generate, "score": _together(config, score), "learn": _together(config, learn), "sync": sync}
+
+
+def _together(config: Config, works: dict[str, Work]) -> Work:
+    """Of roles that share devices the sum, of others the one with most arithmetic."""
+    if config.placement.share or not config.placement.devices:
+        return sum(works.values(), Work())
+    return max(works.values(), key=lambda work: work.flops)
+
+
+def _generate(config: Config, shape: Shape, prompt: float, reply: float, low: int) -> Work:
+    place, batch = config.placement.rollout, config.ppo.batch
+    mine = batch / place.ranks
+    rounds = ceil(mine / config.engine.rollout_batch)
+    rows = mine / rounds
+    prefill = shape.forward_flops(mine * prompt, prompt) / place.tensor_parallel
+    decode = shape.forward_flops(mine * reply, 2 * prompt + reply) / place.tensor_parallel
+    weights = shape.active * low / place.tensor_parallel
+    cache = shape.cache(int(rows * (prompt + reply / 2)), low) / place.tensor_parallel
+    return Work(prefill + decode, rounds * reply * (weights + cache), 0.0, rounds * (reply + 1) * shape.layers)
+
+
+def _forward(config: Config, shape: Shape, rows: int, length: float, ranks: int, low: int) -> Work:
+    mine = rows / ranks
+    pieces = ceil(mine / config.engine.micro_batch)
+    traffic = pieces * shape.parameters * low if config.zero_stage() == 3 and ranks > 1 else 0.0
+    return Work(shape.forward_flops(mine * length, length), 0.0, traffic, pieces * shape.layers)
+
+
+def _learn(config: Config, role: str, shape: Shape, length: float, low: int) -> Work:
+    ppo, ranks = config.ppo, getattr(config.placement, role).ranks
+    recomputed = 1 if config.activation_checkpointing() else 0
+    once = _forward(config, shape, ppo.batch, length, ranks, low)
+    total = once.times((3 + recomputed) * ppo.epochs)
+    if role == "policy" and ppo.ptx > 0:
+        steps = ppo.epochs * ppo.minibatches
+        total += _forward(config, shape, ppo.ptx_batch * steps, shape.context, ranks, low).times(3 + recomputed)
+    return total + _adam(config, shape, ranks, low).times(ppo.epochs * ppo.minibatches)
+
+
+def _adam(config: Config, shape: Shape, ranks: int, low: int) -> Work:
+    """One optimizer step: reduced gradients, states read and written, new weights for everybody."""
+    share = shape.parameters / (ranks if config.zero_stage() else 1)
+    exchanged = shape.parameters * low * 2.0 if ranks > 1 and config.zero_stage() < 3 else 0.0
+    if config.offload_optimizer() != "none" and config.zero_stage():
+        return Work(exchanged=exchanged, fixed=share * (2 * low / (HOST_GB * 1e9) + 28 / (HOST_ADAM_GB * 1e9)))
+    return Work(exchanged=exchanged, read=share * 28)

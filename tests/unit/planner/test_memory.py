@@ -1,0 +1,83 @@
+"""The memory rules: what must hold between settings, and what was measured (`tests/benchmarks/planned_memory.py` measures it again)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from conf.schema import Config
+from orchestration import config as configuration
+from orchestration.planner.memory import MicroBatch, RankMemory, of_role, training
+from orchestration.planner.shapes import language_model
+
+MEASURED = {  # ZeRO stage, offloaded, ranks: bytes of rank 0 of scale=tiny in fp32 (DeepSpeed 0.19.8, gloo)
+    (0, "none", 1): {"parameters": 7871232, "gradients": 7871232, "optimizer": 15742616},
+    (1, "none", 2): {"parameters": 7871232, "gradients": 4326912, "optimizer": 11806852},
+    (2, "none", 2): {"parameters": 7871232, "gradients": 4326912, "optimizer": 11806852},
+    (3, "none", 2): {"parameters": 3942528, "gradients": 3935616, "optimizer": 11806852},
+    (3, "cpu", 2): {"parameters": 3942528, "gradients": 7871232, "optimizer": 11806852},
+}
+SAVED = 9198208
+"""Bytes that autograd kept of 2 rows of 64 tokens, 32 of them predicted."""
+
+
+def load(*words: str) -> Config:
+    return configuration.load(["scale=tiny", "model.dtype=fp32", *words])
+
+
+def rank_zero(config: Config, ranks: int) -> RankMemory:
+    return training(config, language_model(config), "policy", ranks, MicroBatch(2, 64, 32), cuda=False, rank=0)
+
+
+@pytest.mark.parametrize("cell", MEASURED)
+def test_ranks_hold_what_was_measured(cell: tuple[int, str, int]) -> None:
+    stage, offloaded, ranks = cell
+    found = rank_zero(load(f"engine.zero_stage={stage}", f"engine.offload_optimizer={offloaded}"), ranks)
+    assert {kind: found.of(kind) for kind in MEASURED[cell]} == pytest.approx(MEASURED[cell], rel=0.001)
+    assert found.of("activations") == pytest.approx(SAVED, rel=0.01)
+
+
+def test_offloading_moves_states_and_does_not_lose_them() -> None:
+    on_device = rank_zero(load("engine.zero_stage=3"), 2)
+    away = rank_zero(load("engine.zero_stage=3", "engine.offload_optimizer=cpu", "engine.offload_parameters=cpu"), 2)
+    assert away.of("optimizer") == on_device.of("optimizer")
+    assert away.of("parameters") == on_device.of("parameters")
+    assert away.by_kind()["optimizer"] == 0
+    assert away.on("host") > on_device.on("host") + on_device.of("optimizer")
+
+
+def test_recomputing_keeps_the_inputs_of_blocks_alone() -> None:
+    kept = rank_zero(load(), 1).of("activations")
+    again = rank_zero(load("engine.activation_checkpointing=true"), 1)
+    inputs = 4 * 2 * 64 * 192 * 4  # layers, rows, tokens, width, bytes
+    assert inputs < again.of("activations") < kept / 2
+    assert again.of("workspace") > rank_zero(load(), 1).of("workspace")
+
+
+def test_bf16_halves_weights_on_a_gpu_only() -> None:
+    config = load("model.dtype=bf16")
+    on_gpu, on_cpu = of_role(config, "policy", cuda=True), of_role(config, "policy", cuda=False)
+    assert 2 * on_gpu.of("parameters") == on_cpu.of("parameters")
+    assert on_gpu.of("optimizer") == 12 * on_gpu.of("parameters") // 2
+
+
+def test_adapters_alone_have_gradients_and_optimizer_states() -> None:
+    whole, adapters = of_role(load(), "policy", cuda=False), of_role(load("lora.rank=4"), "policy", cuda=False)
+    # q, k, v, o of 192 x 192 and three of 192 x 512, in 4 layers
+    assert adapters.of("gradients") == 4 * 4 * 4 * (4 * 384 + 3 * 704)
+    assert adapters.of("gradients") < whole.of("gradients") / 10
+
+
+def test_an_engine_splits_weights_and_cache_over_its_devices() -> None:
+    one = of_role(load(), "rollout", cuda=True)
+    two = of_role(load("placement.rollout.tensor_parallel=2"), "rollout", cuda=True)
+    assert two.of("parameters") * 2 == one.of("parameters")
+    assert two.of("kv_cache") * 2 == one.of("kv_cache")
+
+
+def test_a_critic_may_be_of_another_size() -> None:
+    config = load()
+    larger = replace(config, reward_scale=configuration.load(["scale=125m"]).scale)
+    assert of_role(larger, "critic", cuda=False).of("parameters") > 10 * of_role(config, "critic", cuda=False).of("parameters")
+    assert of_role(larger, "policy", cuda=False) == of_role(config, "policy", cuda=False)
