@@ -92,8 +92,10 @@ def _plan(words: Sequence[str]) -> None:
 
     from orchestration.planner import machines, show, with_remedies
     from orchestration.planner.plan import as_dict, plan
+    from orchestration.runtime.facts import live_nodes
 
-    found = with_remedies(config, plan(config, machines.described(config.cluster)))
+    nodes = live_nodes(config) if config.cluster.name == "live" else machines.described(config.cluster)
+    found = with_remedies(config, plan(config, nodes))
     if "--json" in words:
         print(json.dumps(as_dict(found)))
     else:

@@ -6,12 +6,14 @@ change. With `preflight=strict` a grave one refuses the request: exit code 2, no
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from conf.schema import Config
 from orchestration.bundles import Bundle, bundles, training_bundles, unplaced
 from orchestration.errors import RequestError
+from orchestration.planner import plan, with_remedies
 from orchestration.planner.machines import GIB, Node
 from orchestration.runtime.facts import Survey, in_gib, named, offered, survey
 
@@ -39,8 +41,16 @@ Memory = Callable[[Config, Sequence[Node], Sequence[str]], list[Finding]]
 
 
 def planned_memory(config: Config, nodes: Sequence[Node], stages: Sequence[str]) -> list[Finding]:
-    """The planner's verdict on memory. THE SEAM: see `orchestration.planner.plan`."""
-    return []
+    """The planner's verdict on memory and disk, with the smallest changes that would make it fit; nothing of a single process, whose roles
+    share more than the planner knows."""
+    if config.runtime == "local" or not nodes:
+        return []
+    wanted = dataclasses.replace(config, stage=stages[0]) if len(stages) == 1 else config
+    roomy = [dataclasses.replace(node, shm=max(node.shm, config.ray.object_store_mb * MIB)) for node in nodes]  # `_object_store` judges it
+    found = with_remedies(wanted, plan(wanted, roomy, timed=False))
+    remedies = "; or ".join(" ".join(remedy.changes) for remedy in found.remedies[:3])
+    advice = f"; what would fit: {remedies}" if remedies else "; see chatray plan with the same settings"
+    return [Finding(f"{reason}{advice}", grave=True) for reason in found.reasons]
 
 
 def check(

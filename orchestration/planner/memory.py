@@ -11,8 +11,8 @@ numbers that are trained, low = 2 bytes for bf16 on CUDA and 4 otherwise (bf16 o
     * and tensors of up to PERSISTENT numbers whole
 
 Gradients under ZeRO 1 and 2 are those of whole tensors: one that is cut by a boundary between ranks is whole on the first of them. An
-offloaded optimizer keeps them in fp32, twice: as they are added up, and as they are handed over. "Workspace" is what comes and goes within a
-step: layers gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
+offloaded optimizer keeps them in fp32, twice: as they are added up, and as they are handed over. "Workspace" is what comes and goes
+within a step: layers gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
 """
 
 from __future__ import annotations

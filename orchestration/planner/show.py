@@ -12,10 +12,15 @@ from orchestration.planner.layout import Placed
 from orchestration.planner.memory import KINDS
 from orchestration.planner.plan import Part, Plan, amount
 
+FILE_WIDTH = 170
+"""Columns where the output goes to a file."""
+
 
 def show(found: Plan, console: Console | None = None) -> None:
     """Print it."""
     out = console or Console(highlight=False)
+    if not out.is_terminal:  # a table that is cut to the width of nothing helps nobody
+        out.width = FILE_WIDTH
     out.print(_roles(found))
     for part in found.parts:
         _draw(out, part)
@@ -55,7 +60,7 @@ def _count(parameters: int) -> str:
     for unit, name in ((10**9, "B"), (10**6, "M")):
         if parameters >= unit:
             return f"{parameters / unit:.3g}{name}"
-    return str(parameters) if parameters else "-"
+    return f"{parameters:,}" if parameters else "-"
 
 
 def _draw(out: Console, part: Part) -> None:
@@ -102,8 +107,16 @@ def _runs(numbers: list[int]) -> Iterator[str]:
 def _times(out: Console, found: Plan) -> None:
     step = found.step
     assert step is not None
-    phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in step.phases.items())
+    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in step.phases.items())
     cost = f", ${step.dollars:.2f}" if step.dollars is not None else ""
-    out.print(f"one step of PPO: {step.tokens:,} tokens in {step.seconds:.3g} s{cost} ({phases})", soft_wrap=True)
+    out.print(f"one step of PPO: {step.tokens:,} tokens in {duration(step.seconds)}{cost} ({phases})", soft_wrap=True)
     for assumption in step.assumptions:
         out.print(f"  assumed: {assumption}", style="dim", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.3g} s"

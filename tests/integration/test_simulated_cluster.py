@@ -61,7 +61,9 @@ def cluster() -> Iterator[Cluster]:
         address = f"{folder}/fork"
         # The first driver of a cluster has job 1. Ray reads both once per process, so a fork cannot be told later.
         fixed = {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
-        server = subprocess.Popen([sys.executable, FORK_SERVER, address], stdout=subprocess.PIPE, env=os.environ | fixed, start_new_session=True)
+        server = subprocess.Popen(
+            [sys.executable, FORK_SERVER, address], stdout=subprocess.PIPE, env=os.environ | fixed, start_new_session=True
+        )
         assert server.stdout and server.stdout.readline()
         changes = {"FORK_SERVER": address, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         with pytest.MonkeyPatch.context() as patch:
