@@ -17,12 +17,12 @@ from torch import Tensor
 from actors import lora
 from actors.batch import Experience
 from actors.critic import Critic
-from actors.engine import Optimizer
 from actors.learning import optimizer_step
 from actors.models import load_causal_lm
 from actors.policy import Policy
 from actors.preference_task import PreferenceTask
 from actors.reference import Reference
+from actors.sharding import Optimizer
 from actors.trainer import train
 from actors.weight_sync import unpack
 from actors.worker import RankSpec, Worker, make_engine, process_group_of_one, start_process_group

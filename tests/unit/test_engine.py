@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from actors.engine import Engine, Optimizer
+from actors.engine import Engine
+from actors.sharding import Optimizer, Sharding
 from actors.trainer import cosine
 from actors.worker import process_group_of_one, warmed_up
 from tests.fakes import floats
@@ -17,7 +18,7 @@ def engine(stage: int = 0, optimizer: Optimizer | None = Optimizer(lr=0.1, weigh
     process_group_of_one()
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-    return Engine(module, optimizer, zero_stage=stage, offload=False, dtype="fp32", micro_batch=2)
+    return Engine(module, optimizer, Sharding(stage, micro_batch=2))
 
 
 def learn(of: Engine, step: int, lr: float = 0.1) -> float:
