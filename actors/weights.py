@@ -102,6 +102,8 @@ def save_transformer(transformer: PreTrainedModel, weights: Mapping[str, Weight]
         weights: by the transformer's own names.
         folder: None on ranks that do not write; they gather all the same.
     """
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     ignored = set(transformer._keys_to_ignore_on_save or ())
     kept = {name: weight for name, weight in weights.items() if name not in ignored}
     groups = grouped(kept, limit)

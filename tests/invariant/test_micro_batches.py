@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -332,7 +333,7 @@ def test_going_back_gives_the_weights_sent_before_the_last_and_exports_them(fold
     assert moved(before, weights(role(Reference, str(tmp_path), config(4)))) == 0.0
 
 
-def sent_by(policy: Policy, version: int) -> Any:
+def sent_by(policy: Policy, version: int) -> np.ndarray:
     (update,) = [policy.weights(version, bucket) for bucket in range(policy.bucket_count())]
     assert update is not None
     return update.flat
