@@ -156,15 +156,14 @@ class Engine:
         return float(torch.nn.utils.get_total_norm(grads))
 
     def whole(self, name: str) -> Tensor | None:
-        """One parameter or buffer, whole and on the CPU of rank 0, None elsewhere; under ZeRO-3 every rank must call."""
+        """One parameter or buffer, whole and on the CPU of rank 0, None elsewhere; under ZeRO-3 every rank must call. It may share memory
+        with the model: copy what is kept."""
         self._check_awake()
         found = self._tensors().get(name)
         if found is None:
             raise KeyError(f"{name}: the model has no weight of this name")
         with GatheredParameters([found]) if hasattr(found, "ds_id") else contextlib.nullcontext():
-            if self.rank > 0:
-                return None
-            return found.detach().cpu().clone() if hasattr(found, "ds_id") else found.detach().cpu()
+            return found.detach().cpu() if self.rank == 0 else None
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}

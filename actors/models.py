@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,51 @@ def new_causal_lm(scale: Scale, vocabulary: int, seed: int, dropout: float, end:
     torch.manual_seed(seed)
     shape = shape_config(scale, vocabulary, dropout, end, pad)
     return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation=attention(scale.context))
+
+
+def undrawn_causal_lm(scale: Scale, vocabulary: int, seed: int, dropout: float, end: int, pad: int) -> PreTrainedModel:
+    """The same without storage: each parameter is drawn when it is asked for, from `seed` and its place. The numbers are as random as
+    those of `new_causal_lm`, and others, since those are drawn in one go."""
+    with checkpoint.without_storage():
+        lm = new_causal_lm(scale, vocabulary, seed, dropout, end, pad)
+    lm.tie_weights()
+    for place, (name, parameter) in enumerate(lm.named_parameters()):
+        parameter.stored = Drawn(lm, name, hash((seed, place)) % 2**63)  # type: ignore[attr-defined]
+    return lm
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A parameter that has not been drawn yet."""
+
+    lm: PreTrainedModel
+    name: str
+    seed: int
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        owner, _, own = self.name.rpartition(".")
+        module = self.lm.get_submodule(owner)
+        empty = module._parameters[own]
+        assert empty is not None
+        module._parameters[own] = nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.lm._init_weights(module)  # the others of the module have no storage, so that nothing happens to them
+        drawn, module._parameters[own] = module._parameters[own], empty
+        assert drawn is not None
+        return drawn.detach()
+
+
+def write_unfilled(lm: PreTrainedModel, folder: Path, limit: int) -> None:
+    """Write a model whose parameters have no storage, one tensor in memory at a time."""
+    tensors: dict[str, Any] = {**dict(lm.named_parameters()), **dict(lm.named_buffers())}
+
+    def gather(name: str) -> Tensor:
+        found = tensors[name]
+        return found.stored.whole() if found.is_meta else found
+
+    save_transformer(lm, plain_weights(lm), gather, folder, limit)
 
 
 def load_causal_lm(path: str, dropout: float = 0.0, unfilled: bool = False) -> PreTrainedModel:

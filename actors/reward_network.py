@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.models import ScalarModel, at_last, load_causal_lm, load_scalar_model, positions, write_model
-from actors.weights import Gather, plain_weights, save_tensors, save_transformer, under
+from actors.weights import Gather, gather_from, plain_weights, save_tensors, save_transformer, under
 
 FEATURE_HEAD_FILE = "feature_head.safetensors"
 HEAD = ("head.weight", "head.bias", "mean", "spread")
@@ -219,7 +220,12 @@ def load_reward_model(path: str, seed: int, unfilled: bool = False) -> ScalarMod
     return model
 
 
-def save_network(module: nn.Module, gather: Gather, folder: Path | None, limit: int) -> None:
+def save_network(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Write Hugging Face files of any of our networks into `folder`, from a state dict that is whole."""
+    write_network(module, gather_from(state), folder, sys.maxsize)
+
+
+def write_network(module: nn.Module, gather: Gather, folder: Path | None, limit: int) -> None:
     """Write Hugging Face files of any of our networks, as `write_model` does; a `FeatureModel`'s head stands beside its language model."""
     if not isinstance(module, FeatureModel):
         write_model(module, gather, folder, limit)

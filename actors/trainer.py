@@ -19,7 +19,7 @@ from torch import Tensor
 from actors.batch import Batch
 from actors.engine import Engine
 from actors.learning import optimizer_step
-from actors.reward_network import save_network
+from actors.reward_network import write_network
 from actors.sharding import Optimizer
 from actors.worker import make_engine
 from conf.schema import SFT, Config, Pretrain, RewardModel
@@ -110,7 +110,7 @@ def train(config: Config, task: Task, session: Session) -> dict[str, float]:
     figures, texts = task.finish(engine)
 
     def save(folder: Path | None) -> None:
-        save_network(engine.module, engine.whole, folder, config.engine.shard_mb * 10**6)
+        write_network(engine.module, engine.whole, folder, config.engine.shard_mb * 10**6)
         for name, text in texts.items() if folder else ():
             (folder / name).write_text(text, encoding="utf-8")  # type: ignore[operator]
 

@@ -185,8 +185,9 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
         data = dataclasses.replace(data, path=path, mix=tuple(located(part, path) for part in data.mix), pretrain=pretrain)
     model = dataclasses.replace(config.model, path=if_local(config.model.path), tokenizer=if_local(config.model.tokenizer))
     ppo = dataclasses.replace(config.ppo, rewards=tuple(reward_sources.with_absolute_paths(s, base) for s in config.ppo.rewards))
+    engine = dataclasses.replace(config.engine, nvme_path=resolved(config.engine.nvme_path))
     return dataclasses.replace(
-        config, run_dir=str((base / config.run_dir).resolve()), data=data, model=model, ppo=ppo,
+        config, run_dir=str((base / config.run_dir).resolve()), data=data, model=model, ppo=ppo, engine=engine,
         policy_checkpoint=if_local(config.policy_checkpoint), reward_checkpoint=if_local(config.reward_checkpoint),
     )  # fmt: skip
 
@@ -198,6 +199,7 @@ def contradictions(config: Config) -> Iterable[str]:
     yield from _files(config)
     yield from _pretraining(config)
     yield from _adapters(config)
+    yield from _offloading(config)
     yield from _features(config)
     yield from _ppo(config)
     yield from _choices(config)
@@ -309,6 +311,23 @@ def _adapters(config: Config) -> Iterable[str]:
         yield "lora.roles: reward_model.train=head trains none of the layers that have adapters; leave reward_model out of lora.roles"
     if config.lora.rank and not config.lora.roles:
         yield f"lora.rank={config.lora.rank}: lora.roles=[] names no model to train by adapters; name some, or set lora.rank=0"
+
+
+def _offloading(config: Config) -> Iterable[str]:
+    """What can be moved off the device depends on the ZeRO stage that has cut it up."""
+    stage, engine = config.zero_stage(), config.engine
+    wanted = {"offload_optimizer": config.offload_optimizer(), "offload_parameters": config.offload_parameters()}
+    needed = {"offload_optimizer": {"none": 0, "cpu": 1, "nvme": 3}, "offload_parameters": {"none": 0, "cpu": 3, "nvme": 3}}
+    for name, place in wanted.items():
+        if stage < needed[name][place]:
+            yield (
+                f"engine.{name}={place}: needs ZeRO stage {needed[name][place]} or higher, and the stage is {stage}; set "
+                f"engine.zero_stage={needed[name][place]}, or engine.{name}=none"
+            )
+        if place == "nvme" and engine.nvme_path is None:
+            yield f"engine.{name}=nvme: engine.nvme_path=null names no folder for its files; name one on a fast local disk of every node"
+    if wanted["offload_parameters"] == "nvme" and wanted["offload_optimizer"] == "none":
+        yield "engine.offload_parameters=nvme: optimizer states, which are larger, stay behind; set engine.offload_optimizer=nvme or cpu"
 
 
 def _features(config: Config) -> Iterable[str]:

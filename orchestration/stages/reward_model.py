@@ -24,7 +24,7 @@ from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
-from orchestration.stages.start import context_length, starting_chat, starting_model
+from orchestration.stages.start import context_length, starting_chat, write_starting_model
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -73,7 +73,7 @@ def _start(context: StageContext) -> tuple[Path, Chat, int]:
         return context.input("sft"), context.chat, context.longest
     chat = starting_chat(config, context.corpus)
     folder = context.directory.path / "start"
-    starting_model(config, chat, 0.0).save_pretrained(folder)
+    write_starting_model(config, chat, 0.0, folder)
     return folder, chat, context_length(config)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from actors.models import load_causal_lm, new_causal_lm
+from pathlib import Path
+
+from actors.models import load_causal_lm, new_causal_lm, undrawn_causal_lm, write_unfilled
 from conf.schema import Config
 from orchestration.data.chat import Chat, learn_tokenizer, load_tokenizer
 from orchestration.data.source import Corpus
@@ -19,17 +21,34 @@ def starting_chat(config: Config, corpus: Corpus) -> Chat:
     return Chat(learn_tokenizer(corpus.demonstrations, config.scale.vocabulary, texts))
 
 
+def write_starting_model(config: Config, chat: Chat, dropout: float, folder: Path) -> None:
+    """Write the model to start from. One that will be partitioned, or is larger than a file of a checkpoint, goes through memory tensor by
+    tensor.
+
+    Raises:
+        RequestError: as `starting_model`.
+    """
+    lm = starting_model(config, chat, dropout)
+    if any(parameter.is_meta for parameter in lm.parameters()):
+        write_unfilled(lm, folder, config.engine.shard_mb * 10**6)
+    else:
+        lm.save_pretrained(folder)
+
+
 def starting_model(config: Config, chat: Chat, dropout: float):
-    """The named model, or one of the scale's shape with random weights.
+    """The named model, or one of the scale's shape with random weights; perhaps without storage (`actors/checkpoint.py`).
 
     Raises:
         RequestError: no causal LM can be loaded from `model.path`, or the tokenizer has more tokens than it knows.
     """
     vocabulary = len(chat.tokenizer)
     if config.model.path is None:
-        return new_causal_lm(config.scale, vocabulary, config.seed, dropout, chat.end, chat.pad)
+        shape = (config.scale, vocabulary, config.seed, dropout, chat.end, chat.pad)
+        undrawn = undrawn_causal_lm(*shape)
+        small = sum(4 * parameter.numel() for parameter in undrawn.parameters()) <= config.engine.shard_mb * 10**6
+        return new_causal_lm(*shape) if small else undrawn  # by size alone: the ZeRO stage must not change what is started from
     try:
-        lm = load_causal_lm(config.model.path)
+        lm = load_causal_lm(config.model.path, unfilled=config.zero_stage() == 3)
     except (OSError, ValueError) as cause:
         raise RequestError(
             f"model.path={config.model.path}: no causal LM can be loaded from there ({str(cause).splitlines()[0][:200]})"
