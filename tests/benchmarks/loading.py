@@ -115,10 +115,7 @@ def main() -> None:
             found, plain = (measure(Path(folder), ranks, asked.shard_mb, whole) for whole in (False, True))
             cells = [max(rank[what] for rank in found) for what in ("share", "loading", "exporting")]
             cells.append(max(rank["loading"] for rank in plain))
-            print(
-                f"| {asked.scale} | {ranks} | {size / MB:.0f} MB | " + " | ".join(f"{cell / MB:.0f} MB" for cell in cells) + " |",
-                flush=True,
-            )
+            print(f"| {asked.scale} | {ranks} | " + " | ".join(f"{cell / MB:.0f} MB" for cell in [size, *cells]) + " |", flush=True)
 
 
 if __name__ == "__main__":

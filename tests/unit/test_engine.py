@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from actors.engine import Engine
-from actors.sharding import Optimizer, Sharding
+from actors.sharding import Optimizer, Sharding, buckets
 from actors.trainer import cosine
 from actors.worker import process_group_of_one, warmed_up
 from tests.fakes import floats
@@ -132,3 +132,26 @@ def test_gradients_that_are_not_finite_stop_the_step_at_every_stage(stage: int, 
     subject.backward(subject(torch.ones(1, 4)).sum() * value, last=True)
     with pytest.raises(FloatingPointError):
         subject.step(0.1)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_sleeping_engine_may_not_be_used_and_wakes_as_it_was(stage: int) -> None:
+    subject, other = engine(stage), engine(stage)
+    for one in (subject, other):
+        learn(one, 0)
+    subject.sleep()
+    subject.sleep()
+    with pytest.raises(RuntimeError, match="sleeps.*placement.sleep"):
+        subject(torch.ones(1, 4))
+    with pytest.raises(RuntimeError, match="sleeps"):
+        subject.whole("0.weight")
+    subject.wake()
+    assert learn(subject, 1) == learn(other, 1)
+    assert all(torch.equal(weights(subject)[name], tensor) for name, tensor in weights(other).items())
+
+
+def test_buckets_follow_from_the_model_and_hold_its_largest_parameter() -> None:
+    sizes = buckets([3_000_000, 50_000_000, 10], [3_000_000])
+    assert (sizes.reduce, sizes.prefetch, sizes.live) == (3_000_000, 50_000_000, 53_000_010)
+    small = buckets([10, 20], [])
+    assert (small.reduce, small.prefetch, small.live) == (1, 30, 30)
