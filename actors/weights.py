@@ -6,6 +6,8 @@ rank 0 alone is given the tensor, so that nobody holds more than it is working o
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -132,6 +134,7 @@ def save_tensors(weights: Mapping[str, Weight], gather: Gather, file: Path | Non
     if file is None:
         for name in names:
             weights[name].gathered(gather)
+            give_back_freed_memory()
         return
     with file.open("wb") as out:
         out.write(_header({name: weights[name] for name in names}, {"format": "pt"} | dict(metadata or {})))
@@ -139,6 +142,15 @@ def save_tensors(weights: Mapping[str, Weight], gather: Gather, file: Path | Non
             tensor = weights[name].gathered(gather)
             assert tensor is not None, "the rank that writes is rank 0"
             out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del tensor
+            give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return what was freed. It keeps blocks of up to 32 MB for itself once it has seen some, and tensors of many sizes
+    one after another then leave holes in which a whole model was measured to pile up."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _header(weights: Mapping[str, Weight], metadata: Mapping[str, str]) -> bytes:

@@ -73,7 +73,7 @@ def work(rank: int, ranks: int, stage: int, folder: str) -> dict[str, Any]:
         }.items():
             found[f"{kind} {name}"] = gathered(Engine(module, None, Sharding(stage)))
     for way, settings in WAYS.items():
-        found[way] = learned(rank, ranks, config(stage, *settings), folder)
+        found[way] = learned(rank, ranks, config(stage, *(settings if stage == 3 else ())), folder)
     policy = role(Policy, rank, ranks, config(stage), f"{folder}/llama")
     found["sent"] = [update and unpack(update) for update in (policy.weights(1, bucket) for bucket in range(policy.bucket_count()))]
     if stage == 3:
