@@ -11,9 +11,9 @@ from actors import lora
 from actors.algorithms.masking import moments
 from actors.algorithms.ppo import value_loss
 from actors.batch import Experience, Rollouts
-from actors.engine import Optimizer
-from actors.learning import minibatches, optimizer_step
+from actors.learning import in_step, minibatches, optimizer_step
 from actors.models import before_each
+from actors.sharding import Optimizer
 from actors.worker import Worker, export, make_engine, scalar_model, warmed_up
 
 
@@ -23,14 +23,14 @@ class Critic(Worker):
     def load(self) -> None:
         ppo = self.config.ppo
         optimizer = Optimizer(ppo.critic_lr, ppo.weight_decay, ppo.max_grad_norm, ppo.adam_epsilon)
-        model = lora.adapted(self.config, "critic", scalar_model(self.checkpoint, self.config.seed))
+        model = lora.adapted(self.config, "critic", scalar_model(self.config, "critic", self.checkpoint))
         self.engine = make_engine(self.config, model, optimizer)
         self.engine.train(False)
 
     @torch.no_grad()
     def values(self, pieces: list[Rollouts]) -> list[Tensor]:
         """[B, T] for each piece: the value of the state in which each reply token was chosen."""
-        return [self._values(piece).cpu() for piece in pieces]
+        return in_step(self.engine, pieces, lambda piece: self._values(piece).cpu())
 
     def _values(self, rows: Rollouts | Experience) -> Tensor:
         return before_each(self.engine(rows.tokens.to(self.engine.device)), rows.mask.to(self.engine.device))
@@ -52,11 +52,9 @@ class Critic(Worker):
 
         def loss(rows: Experience) -> Tensor:
             rows = rows.to(self.engine.device)
-            found = value_loss(self._values(rows), rows.old_values, rows.returns, rows.mask, self.config.ppo.value_clip, tokens)
-            total.add_(found.detach().cpu())
-            return found
+            return value_loss(self._values(rows), rows.old_values, rows.returns, rows.mask, self.config.ppo.value_clip, tokens)
 
-        norm = optimizer_step(self.engine, [(loss, minibatch)], self.config.engine.micro_batch, lr)
+        norm = optimizer_step(self.engine, [(loss, minibatch)], self.config.engine.micro_batch, lr, total)
         return {"value_loss": float(self.engine.sum_over_ranks(total)), "critic_grad_norm": norm, "critic_lr": lr}
 
     def _explained(self, share: Experience) -> dict[str, float]:
@@ -73,4 +71,4 @@ class Critic(Worker):
         self.engine.load_state(Path(folder))
 
     def export(self, folder: str) -> None:
-        export(self.engine, Path(folder), self.spec.rank)
+        export(self.config, self.engine, Path(folder))

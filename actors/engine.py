@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from dataclasses import dataclass
+import shutil
+import tempfile
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +25,103 @@ if not torch.cuda.is_available():  # must stand before the import: DeepSpeed pic
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 
+from actors.recomputing import recompute_blocks
 from actors.sharded_state import Snapshot, load_snapshot, load_state, restore_snapshot, save_state, take_snapshot
+from actors.sharding import Optimizer, Sharding, buckets, settings
 
 # DeepSpeed would compile a shared-memory all-reduce when it first meets gloo: half a minute, and a compiler that may not be there.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-BETAS = (0.9, 0.95)
 STATE_FOLDER = "engine"
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """AdamW and the gradient clip."""
-
-    lr: float
-    weight_decay: float
-    max_grad_norm: float
-    epsilon: float = 1e-8
 
 
 class Engine:
     """A module on this rank: trained if it has an optimizer, frozen if not."""
 
-    def __init__(
-        self, module: nn.Module, optimizer: Optimizer | None, *, zero_stage: int, offload: bool, dtype: str, micro_batch: int
-    ) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer | None, sharding: Sharding) -> None:
+        """Args:
+        module: at ZeRO stage 3 its parameters may have no storage yet, if they say where they are stored (`checkpoint.py`).
+
+        Raises:
+            RuntimeError: `nvme` was asked for, and DeepSpeed cannot use it on this machine.
+        """
         self.module = module
         self.trains = optimizer is not None
-        self.zero_stage = zero_stage
+        self.asleep = False
         self.device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         # On a CPU, bf16 is autocast over fp32 weights; on CUDA, DeepSpeed keeps bf16 weights beside fp32 masters.
-        self.autocast = dtype == "bf16" and self.device.type == "cpu"
+        self.autocast = sharding.dtype == "bf16" and self.device.type == "cpu"
+        bf16 = sharding.dtype == "bf16" and not self.autocast
+        if bf16 and sharding.stage == 0:  # without ZeRO, DeepSpeed's bf16 has gradient norms of its own
+            sharding = replace(sharding, stage=1)
+        self.zero_stage = sharding.stage
         self.max_grad_norm = optimizer.max_grad_norm if optimizer else 0.0
-        self.world_size = dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if optimizer is None:
             module.requires_grad_(False).eval()
+        elif sharding.activation_checkpointing:
+            recompute_blocks(module)
         self.deepspeed: Any = None
-        if optimizer is None and zero_stage < 3:  # a frozen replica needs no engine
-            module.to(self.device, dtype=torch.bfloat16 if dtype == "bf16" and not self.autocast else None)
+        if optimizer is None and sharding.stage < 3:  # a frozen replica needs no engine
+            module.to(self.device, dtype=torch.bfloat16 if bf16 else None)
             return
-        settings = _settings(module, optimizer, zero_stage, offload, dtype == "bf16" and not self.autocast, micro_batch)
         trained = [p for p in module.parameters() if p.requires_grad]
-        self.deepspeed, *_ = deepspeed.initialize(model=module, config=settings, model_parameters=trained or None)
+        chosen = self._settings(self._with_folder(sharding), optimizer, bf16)
+        if sharding.stage == 3:
+            self._fill_partitions(chosen, torch.bfloat16 if bf16 else torch.float32)
+            trained = [p for p in module.parameters() if p.requires_grad]
+        self.deepspeed, *_ = deepspeed.initialize(model=module, config=chosen, model_parameters=trained or None)
+
+    def _settings(self, sharding: Sharding, optimizer: Optimizer | None, bf16: bool) -> dict[str, Any]:
+        sizes = [p.numel() for p in self.module.parameters()]
+        trained = [p.numel() for p in self.module.parameters() if p.requires_grad]
+        share = -(-max(sizes, default=1) // self.world_size)
+        return settings(sharding, optimizer, buckets(sizes, trained), bf16, share)
+
+    def _with_folder(self, sharding: Sharding) -> Sharding:
+        """With a folder of its own below `nvme_path`, that goes when the engine does: roles on one node must not share files."""
+        if "nvme" not in (sharding.offload_optimizer, sharding.offload_parameters):
+            return sharding
+        check_async_io()
+        assert sharding.nvme_path is not None, "the configuration was checked for it"
+        Path(sharding.nvme_path).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="chatray-", dir=sharding.nvme_path)
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return replace(sharding, nvme_path=folder)
+
+    def _fill_partitions(self, chosen: dict[str, Any], dtype: torch.dtype) -> None:
+        """Give each parameter without storage this rank's part of it, read from where it is stored. No rank ever holds more of a
+        parameter than its own part."""
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        empty: dict[int, nn.Parameter] = {}
+        for module in self.module.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    empty[id(parameter)] = parameter
+                    places.setdefault(id(parameter), []).append((module, name))
+        if not empty:
+            return
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=chosen, dtype=dtype)
+        for key, parameter in empty.items():
+            filled = self._filled(parameter, dtype)
+            init._convert_to_deepspeed_param(filled)  # the public way would send every whole parameter from rank 0
+            filled.partition()  # type: ignore[attr-defined]
+            for module, name in places[key]:
+                module._parameters[name] = filled
+
+    def _filled(self, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        """A parameter of the right shape whose numbers are there on this rank's part; pages of the rest are never touched."""
+        count = parameter.numel()
+        share = -(-count // self.world_size)
+        start, stop = min(self.rank * share, count), min((self.rank + 1) * share, count)
+        whole = torch.empty(count, dtype=dtype, device=self.device)
+        if start < stop:
+            whole[start:stop].copy_(parameter.stored.flat(start, stop))  # type: ignore[attr-defined]
+        return nn.Parameter(whole.view(parameter.shape), parameter.requires_grad)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward; without gradients when the module is frozen or the caller says `torch.no_grad`."""
+        self._check_awake()
         context = torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with context:
             return (self.deepspeed or self.module)(*args, **kwargs)
@@ -103,6 +158,19 @@ class Engine:
     def _replicated_norm(self) -> float:
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
+
+    def whole(self, name: str) -> Tensor | None:
+        """One parameter or buffer, whole and on the CPU of rank 0, None elsewhere; under ZeRO-3 every rank must call. It may share memory
+        with the model: copy what is kept."""
+        self._check_awake()
+        found = self._tensors().get(name)
+        if found is None:
+            raise KeyError(f"{name}: the model has no weight of this name")
+        with GatheredParameters([found]) if hasattr(found, "ds_id") else contextlib.nullcontext():
+            return found.detach().cpu() if self.rank == 0 else None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
 
     def train(self, on: bool = True) -> None:
         """Dropout on or off."""
@@ -145,6 +213,63 @@ class Engine:
         """Under ZeRO-3, gather a parameter for writing (rank 0's writing counts)."""
         return GatheredParameters([parameter], modifier_rank=0) if self.zero_stage == 3 else contextlib.nullcontext()
 
+    def sleep(self) -> None:
+        """Free the device: weights, gradients and optimizer states go to host memory until `wake`. On a CPU they are there already.
+
+        Using a sleeping engine is an error."""
+        if self.asleep:
+            return
+        self.asleep = True
+        if self.device.type == "cuda":
+            self._move("cpu")
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        if self.asleep and self.device.type == "cuda":
+            self._move("cuda")
+        self.asleep = False
+
+    def _check_awake(self) -> None:
+        if self.asleep:
+            raise RuntimeError("this engine sleeps: whoever lets roles work in turns (placement.sleep) must wake it first")
+
+    @torch.no_grad()
+    def _move(self, device: str) -> None:
+        """Everything that takes device memory, to `device`. ZeRO 1 and 2 do it by themselves; ZeRO 3 moves partitions and gradients, and
+        its masters and optimizer states follow here, since it does so for its own fused Adam alone."""
+        if self.deepspeed is None:
+            self.module.to(device)
+        elif self.zero_stage == 0 or not self.trains:
+            self._move_replica(device)
+        elif self.zero_stage < 3:
+            self.deepspeed.offload_states(pin_memory=False) if device == "cpu" else self.deepspeed.reload_states()
+        else:
+            self._move_partitions(device)
+        if device == "cpu":
+            torch.cuda.empty_cache()
+
+    def _move_replica(self, device: str) -> None:
+        for parameter in self.module.parameters():
+            held = getattr(parameter, "ds_tensor", parameter)
+            held.data = held.data.to(device)
+        for buffer in self.module.buffers():
+            buffer.data = buffer.data.to(device)
+        if self.deepspeed.optimizer is not None:
+            _move_optimizer(self.deepspeed.optimizer, device)
+
+    def _move_partitions(self, device: str) -> None:
+        zero = self.deepspeed.optimizer
+        states = deepspeed.runtime.zero.offload_config.OffloadStateTypeEnum
+        if device == "cpu":
+            include = [states.lp_params, states.lp_grads, states.contiguous_grad_buffer]
+            self.deepspeed.offload_states(include=include, pin_memory=False)
+        else:
+            self.deepspeed.reload_states()
+        if "cpu" not in str(getattr(zero, "device", "")):  # offloaded masters are in host memory for good
+            for master in zero.fp32_partitioned_groups_flat:
+                master.data = master.data.to(device)
+            _move_optimizer(zero.optimizer, device)
+
     def save_state(self, folder: Path) -> None:
         """What is trained, Adam's moments and all counts, each rank its share; every rank must call. Frozen weights of a model that is
         trained in part are not saved: it starts from the same ones."""
@@ -183,6 +308,14 @@ class Engine:
         return sum_over_ranks(x, self.device)
 
 
+def _move_optimizer(optimizer: Any, device: str) -> None:
+    """Moments of a torch optimizer to `device`; the parameters they belong to are moved by others."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0:  # torch keeps the count of steps on the CPU
+                state[name] = value.to(device)
+
+
 def sum_over_ranks(x: Tensor, device: torch.device) -> Tensor:
     """Sum of `x` over the process group, on x's own device."""
     if dist.get_world_size() == 1:
@@ -192,26 +325,16 @@ def sum_over_ranks(x: Tensor, device: torch.device) -> Tensor:
     return moved.to(x.device)
 
 
-def _settings(module: nn.Module, optimizer: Optimizer | None, stage: int, offload: bool, bf16: bool, micro_batch: int) -> dict[str, Any]:
-    parameters = sum(p.numel() for p in module.parameters())
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad) or parameters
-    # DeepSpeed's default buckets of 5e8 elements would dwarf a small model
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(trained, 500_000_000)}
-    if offload and stage > 0:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": min(parameters, 50_000_000), "stage3_param_persistence_threshold": 10_000}
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,  # the boundary is set by hand: a step may hold any number of micro-batches
-        "zero_optimization": zero,
-        "bf16": {"enabled": bf16},
-        "wall_clock_breakdown": False,
-        "steps_per_print": 10**9,
-    }
-    if optimizer:
-        params = {"lr": optimizer.lr, "betas": list(BETAS), "eps": optimizer.epsilon, "weight_decay": optimizer.weight_decay}
-        settings["optimizer"] = {"type": "AdamW", "params": params | {"torch_adam": True}}
-        settings["gradient_clipping"] = optimizer.max_grad_norm
-        settings["zero_force_ds_cpu_optimizer"] = False
-    return settings
+def check_async_io() -> None:
+    """Whether DeepSpeed can read and write files beside the arithmetic, which offload to NVMe is.
+
+    Raises:
+        RuntimeError: it cannot; says what is missing.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise RuntimeError(
+            "engine.offload_optimizer or engine.offload_parameters is nvme, and DeepSpeed's async_io cannot be built here: it needs libaio "
+            "with its headers (Debian: apt-get install libaio-dev) and a C++ compiler; install them on every node, or offload to cpu"
+        )

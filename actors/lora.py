@@ -8,7 +8,7 @@ model's names, and know nothing of adapters.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,32 +86,23 @@ def switched_off(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The plain model's state dict: W + alpha / rank * B A in float32 where there are adapters. Nothing of the module is changed.
-
-    Args:
-        state: the module's whole state dict, gathered from its ranks. Without adapters it is given back as it is.
-    """
-    layers = adapters(module)
-    if not layers:
-        return state
-    whole = {name.replace(".base_layer.", "."): tensor.float() for name, tensor in state.items() if ".lora_" not in name}
-    for name, layer in layers.items():
-        a, b = (state[f"{name}.lora_{part}.{ADAPTER}.weight"].float() for part in "AB")
-        change = layer.scaling[ADAPTER] * (b @ a)
-        whole[f"{name}.weight"] = whole[f"{name}.weight"] + (change.T if layer.fan_in_fan_out else change)
-    return whole
+def merge(base: Tensor, a: Tensor, b: Tensor, scale: float, turned: bool) -> Tensor:
+    """W + scale * B A in float32; `turned` where W is stored as its transpose."""
+    change = scale * (b.float() @ a.float())
+    return base.float() + (change.T if turned else change)
 
 
-def save_adapter(transformer: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+def save_adapter(transformer: nn.Module, gather: Callable[[str], Tensor | None], folder: Path | None) -> None:
     """Write the adapter alone as peft reads it (`PeftModel.from_pretrained(base, folder)`); nothing for a model without one.
 
     Args:
-        state: the transformer's whole state dict, gathered from its ranks.
+        gather: gives a parameter of the transformer, whole, by its name; every rank must call.
+        folder: None on ranks that do not write.
     """
-    if not adapters(transformer):
+    held = {name: gather(name) for name, _ in transformer.named_parameters() if ".lora_" in name}
+    if not held or folder is None:
         return
     folder.mkdir(exist_ok=True)
     transformer.peft_config[ADAPTER].save_pretrained(folder)  # type: ignore[union-attr, operator, index]
-    names = {name: f"base_model.model.{name}".replace(f".{ADAPTER}.", ".") for name in state if ".lora_" in name}
-    save_file({theirs: state[name].clone().contiguous() for name, theirs in names.items()}, folder / "adapter_model.safetensors")
+    found = {f"base_model.model.{name}".replace(f".{ADAPTER}.", "."): t.contiguous() for name, t in held.items() if t is not None}
+    save_file(found, folder / "adapter_model.safetensors")

@@ -7,17 +7,20 @@ attention mask is needed; positions count from each row's first token, or from e
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from actors import lora
+from actors import checkpoint, lora
 from actors.algorithms.logprobs import token_logprobs
+from actors.weights import Gather, gather_from, plain_weights, save_tensors, save_transformer, under
 from conf.sizes import Scale
 
 HEAD_FILE = "scalar_head.safetensors"
@@ -68,8 +71,56 @@ def new_causal_lm(scale: Scale, vocabulary: int, seed: int, dropout: float, end:
     return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation=attention(scale.context))
 
 
-def load_causal_lm(path: str, dropout: float = 0.0) -> PreTrainedModel:
+def undrawn_causal_lm(scale: Scale, vocabulary: int, seed: int, dropout: float, end: int, pad: int) -> PreTrainedModel:
+    """The same without storage: each parameter is drawn when it is asked for, from `seed` and its place. The numbers are as random as
+    those of `new_causal_lm`, and others, since those are drawn in one go."""
+    with checkpoint.without_storage():
+        lm = new_causal_lm(scale, vocabulary, seed, dropout, end, pad)
+    lm.tie_weights()
+    for place, (name, parameter) in enumerate(lm.named_parameters()):
+        parameter.stored = Drawn(lm, name, hash((seed, place)) % 2**63)  # type: ignore[attr-defined]
+    return lm
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A parameter that has not been drawn yet."""
+
+    lm: PreTrainedModel
+    name: str
+    seed: int
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        owner, _, own = self.name.rpartition(".")
+        module = self.lm.get_submodule(owner)
+        empty = module._parameters[own]
+        assert empty is not None
+        module._parameters[own] = nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.lm._init_weights(module)  # the others of the module have no storage, so that nothing happens to them
+        drawn, module._parameters[own] = module._parameters[own], empty
+        assert drawn is not None
+        return drawn.detach()
+
+
+def write_unfilled(lm: PreTrainedModel, folder: Path, limit: int) -> None:
+    """Write a model whose parameters have no storage, one tensor in memory at a time."""
+    tensors: dict[str, Any] = {**dict(lm.named_parameters()), **dict(lm.named_buffers())}
+
+    def gather(name: str) -> Tensor:
+        found = tensors[name]
+        return found.stored.whole() if found.is_meta else found
+
+    save_transformer(lm, plain_weights(lm), gather, folder, limit)
+
+
+def load_causal_lm(path: str, dropout: float = 0.0, unfilled: bool = False) -> PreTrainedModel:
     """A Hugging Face causal LM in float32 with every dropout of its configuration set.
+
+    Args:
+        unfilled: its parameters have no storage, and know where theirs is stored (`checkpoint.py`); for ZeRO stage 3.
 
     Raises:
         OSError: nothing loadable stands at `path`.
@@ -78,7 +129,15 @@ def load_causal_lm(path: str, dropout: float = 0.0) -> PreTrainedModel:
     for name in ("dropout", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
         if hasattr(config, name):
             setattr(config, name, dropout)
-    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=_attention_of(config))
+    return load_transformer(AutoModelForCausalLM, path, config, unfilled)
+
+
+def load_transformer(auto: Any, path: str, config: PretrainedConfig, unfilled: bool) -> PreTrainedModel:
+    """A transformer in float32 by one of transformers' automatic classes."""
+    kernel = _attention_of(config)
+    if unfilled:
+        return checkpoint.load_unfilled(auto, path, config, kernel)
+    return auto.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=kernel)
 
 
 class LanguageModel(nn.Module):
@@ -176,33 +235,39 @@ def before_each(outputs: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, shifted, torch.zeros_like(shifted))
 
 
-def load_scalar_model(path: str, seed: int) -> ScalarModel:
-    """A `ScalarModel` as `save_scalar_model` left it, or, from a causal LM's folder, one with a fresh head."""
+def load_scalar_model(path: str, seed: int, unfilled: bool = False) -> ScalarModel:
+    """A `ScalarModel` as `save_model` left it, or, from a causal LM's folder, one with a fresh head.
+
+    Args:
+        unfilled: as in `load_causal_lm`; the head is real.
+    """
     head = Path(path) / HEAD_FILE
     if head.exists():
-        kernel = _attention_of(AutoConfig.from_pretrained(path))
-        model = ScalarModel(AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation=kernel), seed)
+        model = ScalarModel(load_transformer(AutoModel, path, AutoConfig.from_pretrained(path), unfilled), seed)
         model.head.load_state_dict(load_file(head))
         return model
-    return ScalarModel(load_causal_lm(path).base_model, seed)  # type: ignore[arg-type]
+    return ScalarModel(load_causal_lm(path, unfilled=unfilled).base_model, seed)  # type: ignore[arg-type]
 
 
 def save_model(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Write Hugging Face files of either kind of network into `folder`; adapters are merged into the weights they belong to, and a language
-    model's also lies beside them.
+    """Write Hugging Face files of either kind of network into `folder`, from a state dict that is whole."""
+    write_model(module, gather_from(state), folder, sys.maxsize)
+
+
+def write_model(module: nn.Module, gather: Gather, folder: Path | None, limit: int) -> None:
+    """Write Hugging Face files of either kind of network, one tensor in memory at a time; adapters are merged into the weights they belong
+    to, and a language model's also lies beside them. Every rank must call.
 
     Args:
-        state: the module's whole state dict, gathered from its ranks.
+        gather: gives the module's tensors, whole, by name.
+        folder: None on ranks that do not write.
+        limit: bytes at which weights go on in another file.
     """
-    whole = lora.merged(module, state)
+    weights = plain_weights(module)
     if isinstance(module, LanguageModel):
-        module.lm.save_pretrained(folder, state_dict=_under("lm.", whole))
-        lora.save_adapter(module.lm, _under("lm.", state), folder / lora.FOLDER)
+        save_transformer(module.lm, under("lm.", weights), gather, folder, limit)
+        lora.save_adapter(module.lm, lambda name: gather(f"lm.{name}"), folder / lora.FOLDER if folder else None)
         return
     assert isinstance(module, ScalarModel)
-    module.backbone.save_pretrained(folder, state_dict=_under("backbone.", whole))
-    save_file({name: tensor.contiguous() for name, tensor in _under("head.", whole).items()}, folder / HEAD_FILE)
-
-
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    save_transformer(module.backbone, under("backbone.", weights), gather, folder, limit)
+    save_tensors(under("head.", weights), gather, folder / HEAD_FILE if folder else None)

@@ -20,11 +20,12 @@ from actors.algorithms.ppo import policy_loss
 from actors.algorithms.running import Moments, normalised
 from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues, Experience, Rollouts, join_rows
-from actors.engine import Optimizer
-from actors.learning import minibatches, optimizer_step
+from actors.learning import in_step, minibatches, optimizer_step
 from actors.sample_figures import Ranks, sample_figures
 from actors.sharded_state import Snapshot, save_snapshot
-from actors.weight_sync import WeightUpdate, pack
+from actors.sharding import Optimizer
+from actors.weight_sync import BUCKET_BYTES, WeightUpdate, pack
+from actors.weights import grouped, plain_weights
 from actors.worker import Worker, export, language_model, make_engine, warmed_up
 
 BEFORE_FOLDER = "before"
@@ -50,8 +51,11 @@ class Policy(Worker):
     def load(self) -> None:
         ppo = self.config.ppo
         optimizer = Optimizer(ppo.lr, ppo.weight_decay, ppo.max_grad_norm, ppo.adam_epsilon)
-        self.engine = make_engine(self.config, lora.adapted(self.config, "policy", language_model(self.checkpoint)), optimizer)
+        model = lora.adapted(self.config, "policy", language_model(self.config, "policy", self.checkpoint))
+        self.engine = make_engine(self.config, model, optimizer)
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
+        self.plain = plain_weights(self.engine.module)
+        self.buckets = grouped(self.plain, BUCKET_BYTES, item=4)
         self.described: dict[str, float] = {}
         self.sent: list[Snapshot] = []
         self.version: int | None = None
@@ -60,14 +64,16 @@ class Policy(Worker):
     @torch.no_grad()
     def logprobs(self, pieces: Sequence[Rollouts | Dialogues]) -> list[Tensor]:
         """[B, T] for each piece: rollouts at the sampling temperature, text at 1."""
-        return [self._current(piece)[0].cpu() for piece in pieces]
+        return in_step(self.engine, pieces, lambda piece: self._current(piece)[0].cpu())
 
     @torch.no_grad()
     def reference_logprobs(self, pieces: Sequence[Rollouts | Dialogues], temperature: float) -> list[Tensor]:
         """What `Reference.logprobs` would give: the policy of before any training, which is this one with its adapters off."""
         device = self.engine.device
         with lora.switched_off(self.engine.module):
-            return [self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu() for piece in pieces]
+            return in_step(
+                self.engine, pieces, lambda piece: self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu()
+            )
 
     def _current(self, rows: Rollouts | Experience | Dialogues) -> tuple[Tensor, Tensor]:
         temperature = 1.0 if isinstance(rows, Dialogues) else self.config.ppo.temperature
@@ -177,7 +183,7 @@ class Policy(Worker):
         ppo, device = self.config.ppo, self.engine.device
         tokens = float(self.engine.sum_over_ranks(minibatch.mask.sum().float()))
         names = ("policy_loss", "clip_share", "dual_clip_share", "update_kl", "entropy", "importance_mean", "importance_truncated")
-        sums, largest = torch.zeros(len(names)), torch.zeros(1)
+        sums, largest = torch.zeros(1 + len(names)), torch.zeros(1)  # the objective, then the figures
 
         def loss(rows: Experience) -> Tensor:
             rows = rows.to(device)
@@ -186,15 +192,15 @@ class Policy(Worker):
             found = policy_loss(logprobs, rows.old_logprobs, rows.advantages, rows.mask, ppo.clip, tokens, ppo.dual_clip, weights)
             entropy, weight, cut = (masked_sum(x, rows.mask) / tokens for x in (spread, weights, truncated.to(weights.dtype)))
             described = [found.loss, found.clipped, found.dual_clipped, found.kl, entropy, weight, cut]
-            sums.add_(torch.stack(described).detach().cpu())
             largest.copy_(torch.maximum(largest, torch.where(rows.mask, (logprobs.detach() - rows.old_logprobs).abs(), 0).max().cpu()))
-            return found.loss - ppo.entropy * entropy if ppo.entropy > 0 else found.loss
+            objective = found.loss - ppo.entropy * entropy if ppo.entropy > 0 else found.loss
+            return torch.stack([objective, *(figure.detach().to(objective) for figure in described)])
 
         losses: list[tuple[Callable[[Any], Tensor], Batch]] = [(loss, minibatch)]
         if extra is not None:
             losses.append((self._ptx(float(self.engine.sum_over_ranks(extra.mask.sum().float()))), extra))
-        norm = optimizer_step(self.engine, losses, self.config.engine.micro_batch, lr)
-        found = dict(zip(names, self.engine.sum_over_ranks(sums).tolist(), strict=True))
+        norm = optimizer_step(self.engine, losses, self.config.engine.micro_batch, lr, sums)
+        found = dict(zip(names, self.engine.sum_over_ranks(sums[1:]).tolist(), strict=True))
         return found | {"log_ratio_max": self._ranks().largest(largest), "policy_grad_norm": norm, "policy_lr": lr}
 
     def _ptx(self, tokens: float):
@@ -206,11 +212,19 @@ class Policy(Worker):
 
         return loss
 
-    def weights(self, version: int) -> WeightUpdate:
-        """All weights for the rollout engines; every rank must call."""
-        update = pack(lora.merged(self.engine.module, self.engine.weights()), version)
-        self._remember(version)
-        return update
+    def bucket_count(self) -> int:
+        """In how many buckets the weights are sent."""
+        return len(self.buckets)
+
+    def weights(self, version: int, bucket: int = 0) -> WeightUpdate | None:
+        """One bucket of the weights for the rollout engines; every rank must call for every bucket, and rank 0 is given it. What is trained
+        of the last two versions is kept, to be able to go back."""
+        found = {name: self.plain[name].gathered(self.engine.whole) for name in self.buckets[bucket]}
+        if bucket == len(self.buckets) - 1:
+            self._remember(version)
+        if self.spec.rank > 0:
+            return None
+        return pack({name: tensor for name, tensor in found.items() if tensor is not None}, version, bucket, len(self.buckets))
 
     def _remember(self, version: int) -> None:
         """Keep this rank's share of the weights that were sent, and of those before, to be able to go back."""
@@ -234,4 +248,4 @@ class Policy(Worker):
             self.sent = [before]
 
     def export(self, folder: str) -> None:
-        export(self.engine, Path(folder), self.spec.rank)
+        export(self.config, self.engine, Path(folder))

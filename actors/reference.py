@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from actors.batch import Dialogues, Rollouts
+from actors.learning import in_step
 from actors.worker import Worker, language_model, make_engine
 
 
@@ -15,10 +16,10 @@ class Reference(Worker):
     """One rank of the reference."""
 
     def load(self) -> None:
-        self.engine = make_engine(self.config, language_model(self.checkpoint), None)
+        self.engine = make_engine(self.config, language_model(self.config, "reference", self.checkpoint), None)
 
     @torch.no_grad()
     def logprobs(self, pieces: Sequence[Rollouts | Dialogues], temperature: float) -> list[Tensor]:
         """[B, T] for each piece, at the temperature the policy samples with."""
         device = self.engine.device
-        return [self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu() for piece in pieces]
+        return in_step(self.engine, pieces, lambda piece: self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from actors.algorithms.running import Moments
 from actors.batch import Rollouts
+from actors.engine import Engine
 from actors.rewards.function import FunctionSource
 from actors.rewards.source import RewardError, Rows, Source, Texts
 from actors.worker import Worker
@@ -57,6 +58,9 @@ class Reward(Worker):
             raise RewardError("ppo.rewards: the weighted sum of the scores is not finite; lower the sources' weights, or what they give")
         self.described[TOTAL] = Moments.of(total)
         return list(total.split([len(piece) for piece in pieces]))
+
+    def engines(self) -> list[Engine]:
+        return [source.engine for _, _, source in self.sources if hasattr(source, "engine")]
 
     def describe(self) -> dict[str, Moments]:
         """Moments of this rank's last scores, of each source by name, and of their sum as `TOTAL`."""

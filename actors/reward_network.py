@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors import lora
-from actors.models import ScalarModel, at_last, load_causal_lm, load_scalar_model, positions, save_model
+from actors.models import ScalarModel, at_last, load_causal_lm, load_scalar_model, positions, write_model
+from actors.weights import Gather, gather_from, plain_weights, save_tensors, save_transformer, under
 
 FEATURE_HEAD_FILE = "feature_head.safetensors"
 HEAD = ("head.weight", "head.bias", "mean", "spread")
@@ -209,28 +209,28 @@ def score(run: Any, tokens: Tensor, lengths: Tensor, mask: Tensor, module: nn.Mo
     return at_last(run(tokens), lengths)
 
 
-def load_reward_model(path: str, seed: int) -> ScalarModel | FeatureModel:
-    """Either kind, as it was saved; from a causal LM's folder a `ScalarModel` with a fresh head."""
+def load_reward_model(path: str, seed: int, unfilled: bool = False) -> ScalarModel | FeatureModel:
+    """Either kind, as it was saved; from a causal LM's folder a `ScalarModel` with a fresh head. `unfilled` as in `load_causal_lm`."""
     file = Path(path) / FEATURE_HEAD_FILE
     if not file.exists():
-        return load_scalar_model(path, seed)
+        return load_scalar_model(path, seed, unfilled)
     with safe_open(file, "pt") as head:
-        model = FeatureModel(load_causal_lm(path), json.loads(head.metadata()["features"]))
+        model = FeatureModel(load_causal_lm(path, unfilled=unfilled), json.loads(head.metadata()["features"]))
         model.load_state_dict({name: head.get_tensor(name) for name in HEAD}, strict=False)
     return model
 
 
 def save_network(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Write Hugging Face files of any of our networks into `folder`; a `FeatureModel`'s head stands beside its language model, and
-    adapters are merged.
+    """Write Hugging Face files of any of our networks into `folder`, from a state dict that is whole."""
+    write_network(module, gather_from(state), folder, sys.maxsize)
 
-    Args:
-        state: the module's whole state dict, gathered from its ranks.
-    """
+
+def write_network(module: nn.Module, gather: Gather, folder: Path | None, limit: int) -> None:
+    """Write Hugging Face files of any of our networks, as `write_model` does; a `FeatureModel`'s head stands beside its language model."""
     if not isinstance(module, FeatureModel):
-        save_model(module, state, folder)
+        write_model(module, gather, folder, limit)
         return
-    whole = lora.merged(module, state)
-    module.lm.save_pretrained(folder, state_dict={n.removeprefix("lm."): tensor for n, tensor in whole.items() if n.startswith("lm.")})
-    head = {name: whole[name].contiguous() for name in HEAD}
-    save_file(head, folder / FEATURE_HEAD_FILE, metadata={"features": json.dumps(list(module.features))})
+    weights = plain_weights(module)
+    save_transformer(module.lm, under("lm.", weights), gather, folder, limit)
+    head, features = {name: weights[name] for name in HEAD}, {"features": json.dumps(list(module.features))}
+    save_tensors(head, gather, folder / FEATURE_HEAD_FILE if folder else None, features)

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from actors.batch import Prompts, Rollouts
 from actors.models import load_causal_lm
-from actors.weight_sync import WeightUpdate, unpack
+from actors.weight_sync import Arrivals, WeightUpdate, unpack
 from actors.worker import Worker
 
 COMPACT_SHARE = 0.25
@@ -39,7 +39,12 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts: ...
 
-    def load_weights(self, weights: dict[str, Tensor], version: int) -> None: ...
+    def load_weights(self, weights: dict[str, Tensor], version: int | None) -> None:
+        """Replace some weights, named as in the policy's `LanguageModel`. With the last of them comes the version that replies are of from
+        then on; None while more are to come."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights."""
 
 
 class Rollout(Worker):
@@ -49,11 +54,14 @@ class Rollout(Worker):
         lm = load_causal_lm(self.checkpoint)
         end = lm.generation_config.eos_token_id
         end = int(end[0] if isinstance(end, list) else end)  # chat models may list several; the first is the turn's end
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.engine: RolloutEngine = TransformersEngine(lm, end, device)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.engine: RolloutEngine = TransformersEngine(lm, end, self.device)
+        self.asleep = False
+        self.arrivals = Arrivals()
 
     def generate(self, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
         """Replies to all pieces, sampled in batches of similar prompt length and given back in the same pieces."""
+        self._check_awake()
         prompts = Prompts.join(pieces)
         order = prompts.lengths.argsort(stable=True)
         batches = [prompts.select(rows).trimmed() for rows in order.split(self.config.engine.rollout_batch)]
@@ -68,9 +76,27 @@ class Rollout(Worker):
         self.load()
 
     def load_weights(self, update: WeightUpdate) -> int:
-        """Take over the policy's weights; returns their version."""
-        self.engine.load_weights(unpack(update), update.version)
+        """Take over a bucket of the policy's weights; returns their version. All buckets of a version must come, in order.
+
+        Raises:
+            ValueError: this is not the bucket that was due.
+        """
+        self.arrivals.check(update)
+        self._check_awake()
+        self.engine.load_weights(unpack(update), update.version if update.last() else None)
         return update.version
+
+    def sleep(self) -> None:
+        self.engine.to(torch.device("cpu"))
+        self.asleep = True
+
+    def wake(self) -> None:
+        self.engine.to(self.device)
+        self.asleep = False
+
+    def _check_awake(self) -> None:
+        if self.asleep:
+            raise RuntimeError("this rollout engine sleeps: whoever lets roles work in turns (placement.sleep) must wake it first")
 
 
 class TransformersEngine:
@@ -80,15 +106,30 @@ class TransformersEngine:
         module: Any = lm  # transformers' annotation of `to` is beyond type checkers
         self.lm = module.to(device).eval().requires_grad_(False)
         self.end, self.device, self.version = end, device, version
+        self.due = self._names()
 
-    def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
-        """Replace all weights; `weights` are named as in the policy's `LanguageModel`.
+    def _names(self) -> set[str]:
+        """Of every parameter, tied ones once."""
+        return {name for name, _ in self.lm.named_parameters()}
+
+    def to(self, device: torch.device) -> None:
+        module: Any = self.lm
+        module.to(device)
+        self.device = device
+
+    def load_weights(self, weights: dict[str, Tensor], version: int | None) -> None:
+        """Replace some weights, or with a version the last of them.
 
         Raises:
-            RuntimeError: a name or shape differs from the model's.
+            RuntimeError: a name or shape differs from the model's, or with the last some have not come.
         """
-        self.lm.load_state_dict({name.removeprefix("lm."): tensor for name, tensor in weights.items()})
-        self.version = version
+        named = {name.removeprefix("lm."): tensor for name, tensor in weights.items()}
+        unknown = self.lm.load_state_dict(named, strict=False).unexpected_keys
+        self.due -= named.keys()
+        if unknown or (version is not None and self.due):
+            raise RuntimeError(f"these are another model's weights: Unexpected keys {unknown}, Missing keys {sorted(self.due)}")
+        if version is not None:
+            self.due, self.version = self._names(), version
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollouts:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from actors.batch import Batch
-from actors.engine import Engine, Optimizer
+from actors.engine import Engine
 from actors.learning import optimizer_step
-from actors.reward_network import save_network
+from actors.reward_network import write_network
 from actors.sharded_state import Snapshot, save_snapshot
+from actors.sharding import Optimizer
 from actors.worker import make_engine
 from conf.schema import SFT, Config, Pretrain, RewardModel
 
@@ -41,8 +42,8 @@ class Session(Protocol):
     def resume(self) -> tuple[int, Path, dict[str, Any]] | None:
         """The last resume point: (step, folder, memory)."""
 
-    def export(self, save: Callable[[Path], None]) -> None:
-        """Write the stage's result (rank 0)."""
+    def export(self, save: Callable[[Path | None], None]) -> None:
+        """Write the stage's result: every rank calls `save`, rank 0 with a folder, the others with None."""
 
 
 class Task(Protocol):
@@ -107,12 +108,11 @@ def train(config: Config, task: Task, session: Session) -> dict[str, float]:
             session.commit(step + 1, _saver(engine, best), dict(vars(progress)))
     _restore(engine, best)
     figures, texts = task.finish(engine)
-    weights = engine.weights()
 
-    def save(folder: Path) -> None:
-        save_network(engine.module, weights, folder)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+    def save(folder: Path | None) -> None:
+        write_network(engine.module, engine.whole, folder, config.engine.shard_mb * 10**6)
+        for name, text in texts.items() if folder else ():
+            (folder / name).write_text(text, encoding="utf-8")  # type: ignore[operator]
 
     session.export(save)
     return prepared | figures | {"steps": float(progress.best_step)}

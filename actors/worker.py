@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from actors.engine import Engine, Optimizer
-from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, save_model
+from actors.engine import Engine
+from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, write_model
 from actors.rank import RankSpec as RankSpec
+from actors.sharding import Optimizer, Sharding
 from conf.schema import Config
 
 
@@ -54,11 +56,19 @@ class Worker:
         """Build the model from `checkpoint`."""
         raise NotImplementedError
 
+    def engines(self) -> Sequence[Engine]:
+        """What of this rank takes device memory; roles that hold other things than one engine say so."""
+        return [engine] if isinstance(engine := getattr(self, "engine", None), Engine) else []
+
     def sleep(self) -> None:
-        """Leave the device to another role: what this one has there moves to host memory."""
+        """Leave the device to other roles: weights and optimizer states rest in host memory until `wake`."""
+        for engine in self.engines():
+            engine.sleep()
 
     def wake(self) -> None:
-        """Come back to the device."""
+        """Undo `sleep`."""
+        for engine in self.engines():
+            engine.wake()
 
     def shut_down(self) -> None:
         """Leave the process group."""
@@ -82,25 +92,34 @@ def process_group_of_one() -> None:
 
 def make_engine(config: Config, module: nn.Module, optimizer: Optimizer | None) -> Engine:
     """The module in an engine as the configuration wants it."""
-    return Engine(
-        module, optimizer, zero_stage=config.zero_stage(), offload=config.offload_optimizer() != "none", dtype=config.dtype(),
-        micro_batch=config.engine.micro_batch,
+    return Engine(module, optimizer, sharding(config))
+
+
+def sharding(config: Config) -> Sharding:
+    """How the configuration wants models spread over their ranks."""
+    return Sharding(
+        config.zero_stage(), config.dtype(), config.offload_optimizer(), config.offload_parameters(), config.engine.nvme_path,
+        config.activation_checkpointing(), config.engine.micro_batch,
     )  # fmt: skip
 
 
-def language_model(checkpoint: str, dropout: float = 0.0) -> LanguageModel:
-    return LanguageModel(load_causal_lm(checkpoint, dropout))
+def filled_by_engine(config: Config, role: str) -> bool:
+    """Whether a role's model is made without storage, for the engine to give each rank its part of it. Adapters are put into models that
+    are there, so a model trained by them is loaded whole and partitioned then."""
+    return config.zero_stage() == 3 and not config.lora.trains(role)
 
 
-def scalar_model(checkpoint: str, seed: int) -> ScalarModel:
-    return load_scalar_model(checkpoint, seed)
+def language_model(config: Config, role: str, checkpoint: str, dropout: float = 0.0) -> LanguageModel:
+    return LanguageModel(load_causal_lm(checkpoint, dropout, filled_by_engine(config, role)))
 
 
-def export(engine: Engine, folder: Path, rank: int) -> None:
+def scalar_model(config: Config, role: str, checkpoint: str) -> ScalarModel:
+    return load_scalar_model(checkpoint, config.seed, filled_by_engine(config, role))
+
+
+def export(config: Config, engine: Engine, folder: Path) -> None:
     """Write the model in Hugging Face form; every rank must call, rank 0 writes."""
-    weights = engine.weights()
-    if rank == 0:
-        save_model(engine.module, weights, folder)
+    write_model(engine.module, engine.whole, folder if engine.rank == 0 else None, config.engine.shard_mb * 10**6)
 
 
 def warmed_up(lr: float, step: int, warmup: int) -> float:

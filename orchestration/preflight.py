@@ -45,7 +45,7 @@ def planned_memory(config: Config, nodes: Sequence[Node], stages: Sequence[str])
     share more than the planner knows."""
     if config.runtime == "local" or not nodes:
         return []
-    wanted = dataclasses.replace(config, stage=stages[0]) if len(stages) == 1 else config
+    wanted = dataclasses.replace(config, stage=stages[0]) if len(stages) == 1 else config  # type: ignore[arg-type]  # one of STAGES
     roomy = [dataclasses.replace(node, shm=max(node.shm, config.ray.object_store_mb * MIB)) for node in nodes]  # `_object_store` judges it
     found = with_remedies(wanted, plan(wanted, roomy, timed=False))
     remedies = "; or ".join(" ".join(remedy.changes) for remedy in found.remedies[:3])

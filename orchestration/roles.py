@@ -45,8 +45,12 @@ class PolicyGroup:
     ) -> Pieces[dict[str, float]]:
         return self.group.each(Policy.update, experience, pretraining, step=step, lr_scale=lr_scale)
 
-    def weights(self, version: int) -> Pieces[WeightUpdate]:
-        return self.group.each(Policy.weights, version=version)
+    def bucket_count(self) -> Pieces[int]:
+        return self.group.each(Policy.bucket_count)
+
+    def weights(self, version: int, bucket: int) -> Pieces[WeightUpdate]:
+        """One bucket of the weights; all ranks take part, and rank 0 gives it."""
+        return self.group.each(Policy.weights, version=version, bucket=bucket)
 
     def describe(self) -> Pieces[dict[str, float]]:
         return self.group.each(Policy.describe)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from actors.batch import pad_rows
-from actors.models import HEAD_FILE, ScalarModel
+from actors.learning import in_step
+from actors.models import HEAD_FILE, ScalarModel, load_transformer
 from actors.reward_network import FEATURE_HEAD_FILE, FeatureModel, load_reward_model, score
 from actors.rewards.source import RewardError, Rows
 from actors.worker import make_engine
@@ -62,11 +63,11 @@ class Scorer(nn.Module):
         return self.model(input_ids=torch.where(inside, tokens, pad), attention_mask=inside.long()).logits[:, 0].float()
 
 
-def load_scorer(path: str, setting: str, seed: int) -> Scorer:
-    """The model in float32."""
+def load_scorer(path: str, setting: str, seed: int, unfilled: bool = False) -> Scorer:
+    """The model in float32; `unfilled` as in `load_causal_lm`."""
     if kind_of(path, setting) == "scalar":
-        return Scorer(load_reward_model(path, seed))
-    return Scorer(AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32))
+        return Scorer(load_reward_model(path, seed, unfilled))
+    return Scorer(load_transformer(AutoModelForSequenceClassification, path, AutoConfig.from_pretrained(path), unfilled))
 
 
 class ModelSource:
@@ -74,14 +75,14 @@ class ModelSource:
 
     def __init__(self, config: Config, name: str, path: str) -> None:
         self.name = name
-        self.engine = make_engine(config, load_scorer(path, f"ppo.rewards: {name}", config.seed), None)
+        self.engine = make_engine(config, load_scorer(path, f"ppo.rewards: {name}", config.seed, config.zero_stage() == 3), None)
 
     @torch.no_grad()
     def score(self, rows: Rows) -> Tensor:
         """Read as the model was trained to, in the pieces that the rows came in."""
         device = self.engine.device
         batches = self._encoded(rows) or [(piece.tokens, piece.lengths, piece.mask) for piece in rows.pieces]
-        return torch.cat([self.engine(*(part.to(device) for part in batch)).cpu() for batch in batches])
+        return torch.cat(in_step(self.engine, batches, lambda batch: self.engine(*(part.to(device) for part in batch)).cpu()))
 
     def _encoded(self, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The rows in this model's own tokens, in pieces of the same sizes; none when it shares the policy's."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.sources import FilesData, Part
-from orchestration.config import part_files
+from orchestration.contradictions import part_files
 from orchestration.data import duplicates
 from orchestration.data.account import Account
 from orchestration.data.dialogues import Dialogue

@@ -56,9 +56,11 @@ class DirectorySession:
             return None
         return point.step, point.folder, point.memory
 
-    def export(self, save: Callable[[Path], None]) -> None:
+    def export(self, save: Callable[[Path | None], None]) -> None:
         if self.rank == 0:
             self.directory.export(save)
+        else:
+            save(None)
 
 
 def run_training(config: Config, task: Task, directory: StageDirectory, watch: Callable[[], None]) -> dict[str, float]:

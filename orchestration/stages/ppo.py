@@ -158,9 +158,14 @@ class Loop:
         return {name: value for found in updates for name, value in self.runtime.get(found, "the updates' figures")[0].items()}
 
     def sync(self, version: int) -> None:
-        """The policy's weights to every rollout engine."""
-        loaded = self.roles.rollout.load_weights(self.roles.policy.weights(version))
-        self.timed("sync", f"rollout engines to load weights of version {version}", loaded)
+        """The policy's weights to every rollout engine, one bucket on its way while the next is gathered."""
+        began, loaded = time.perf_counter(), []
+        for bucket in range(self.runtime.get(self.roles.policy.bucket_count(), "the number of weight buckets")[0]):
+            loaded.append(self.roles.rollout.load_weights(self.roles.policy.weights(version, bucket)))
+            self.runtime.wait(*loaded[:-1], what=f"rollout engines to load weights of version {version}")
+            loaded = loaded[-1:]
+        self.runtime.wait(*loaded, what=f"rollout engines to load weights of version {version}")
+        self.phases["seconds_sync"] = time.perf_counter() - began
 
     def timed(self, phase: str, what: str, *pieces: Pieces[Any]) -> None:
         """Wait, and note the seconds as this step's share of a phase."""

@@ -10,7 +10,7 @@ from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
-from orchestration.stages.start import context_length, starting_chat, starting_model
+from orchestration.stages.start import context_length, starting_chat, write_starting_model
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -24,7 +24,7 @@ def run(context: StageContext) -> dict[str, float]:
         )
     chat, length = starting_chat(config, corpus), context_length(config)
     scratch = context.directory.path / "start"
-    starting_model(config, chat, config.pretrain.dropout).save_pretrained(scratch)
+    write_starting_model(config, chat, config.pretrain.dropout, scratch)
     rows = blocks(corpus.texts, chat, length)
     task = LanguageTask(
         config, str(scratch), rows, blocks(validation, chat, length), blocks(test, chat, length), byte_count(test),

@@ -24,7 +24,7 @@ from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
-from orchestration.stages.start import context_length, own_reward_model, starting_chat, starting_model
+from orchestration.stages.start import context_length, own_reward_model, starting_chat, write, write_starting_model
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -74,7 +74,7 @@ def _start(context: StageContext) -> tuple[Path, Chat, int]:
     folder = context.directory.path / "start"
     if config.reward_model.start == "model":
         chat = starting_chat(config, context.corpus)
-        starting_model(config, chat, 0.0).save_pretrained(folder)
+        write_starting_model(config, chat, 0.0, folder)
         return folder, chat, context_length(config)
     lm = own_reward_model(config, context.chat)
     longest = int(getattr(lm.config, "max_position_embeddings", context.longest))
@@ -83,7 +83,7 @@ def _start(context: StageContext) -> tuple[Path, Chat, int]:
             f"reward_model.start=own: the reward model takes {longest} tokens and the policy {context.longest}; choose a reward_scale or "
             "reward_model.path with at least the policy's context"
         )
-    lm.save_pretrained(folder)
+    write(config, lm, folder)
     return folder, context.chat, context.longest
 
 

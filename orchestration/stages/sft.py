@@ -17,7 +17,7 @@ from orchestration.errors import RequestError
 from orchestration.metrics import tail
 from orchestration.runtime.train import run_training
 from orchestration.stages.context import StageContext
-from orchestration.stages.start import context_length, starting_chat, starting_model
+from orchestration.stages.start import context_length, starting_chat, write_starting_model
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def starting_point(context: StageContext, scratch: Path) -> tuple[Chat, Path]:
         folder = context.input("pretrain")
         return Chat(load_tokenizer(str(folder), "pretrain")), folder
     chat = starting_chat(context.config, context.corpus)
-    starting_model(context.config, chat, context.config.sft.dropout).save_pretrained(scratch)
+    write_starting_model(context.config, chat, context.config.sft.dropout, scratch)
     return chat, scratch
 
 

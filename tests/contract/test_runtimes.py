@@ -157,7 +157,7 @@ def three_steps(runtime: Runtime, started: Roles, models: Path) -> tuple[list[di
         updates = started.policy.update(experience, runtime.put([]), step), started.critic.update(experience, step)
         learned = runtime.get(updates[0], "policy")[0] | runtime.get(updates[1], "critic")[0]
         found.append(learned | runtime.get(started.policy.describe(), "samples")[0])
-    weights = runtime.get(started.policy.weights(STEPS), "weights")[0]
+    weights = runtime.get(started.policy.weights(STEPS, 0), "weights")[0]
     return found, torch.from_numpy(weights.flat.copy())
 
 
@@ -180,7 +180,7 @@ def test_three_ppo_steps_on_replayed_rollouts_agree_between_runtimes(runtime: Ru
 
 def test_new_weights_change_what_the_engines_sample(runtime: Runtime, started: Roles, models: Path) -> None:
     before = Rollouts.join(runtime.get(generated(runtime, started, models), "rollouts"))
-    runtime.wait(started.rollout.load_weights(started.policy.weights(7)), what="weights")
+    runtime.wait(started.rollout.load_weights(started.policy.weights(7, 0)), what="weights")
     after_pieces = generated(runtime, started, models)
     after = Rollouts.join(runtime.get(after_pieces, "rollouts"))
     assert before.version.unique().tolist() == [0] and after.version.unique().tolist() == [7]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from actors import preference_task
 from actors.batch import Comparisons
-from actors.engine import Optimizer
 from actors.preference_task import PreferenceTask, fitted
 from actors.reward_network import FeatureModel, load_reward_model, widths
+from actors.sharding import Optimizer
 from actors.trainer import train
 from actors.worker import make_engine, process_group_of_one
 from conf.schema import Config

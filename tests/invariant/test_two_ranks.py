@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from actors import models
 from actors.batch import Comparisons, Dialogues, Experience
-from actors.engine import Engine, Optimizer, sum_over_ranks
+from actors.engine import Engine, sum_over_ranks
 from actors.learning import optimizer_step
 from actors.models import LanguageModel, shape_config
 from actors.policy import Policy
 from actors.preference_task import PreferenceTask
+from actors.sharding import Optimizer, Sharding
 from actors.worker import RankSpec, make_engine, process_group_of_one, start_process_group
 from tests.fakes import comparisons, dialogues, experience, floats, rollouts, saved_lm, smoke, tiny_lm, with_section
 
@@ -74,7 +75,7 @@ def partitioned(rank: int, ranks: int, stage: int) -> dict[str, torch.Tensor]:
     shape.tie_word_embeddings = False
     torch.manual_seed(0)
     module = LanguageModel(AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
-    engine = Engine(module, Optimizer(1.0, 0.0, 1e9, 1e4), zero_stage=stage, offload=False, dtype="fp32", micro_batch=2)
+    engine = Engine(module, Optimizer(1.0, 0.0, 1e9, 1e4), Sharding(stage, micro_batch=2))
     engine.train(False)
     rows = dialogues(7, 4).select(slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)).trimmed()
     with torch.no_grad():

@@ -313,3 +313,26 @@ def test_a_critic_is_counted_in_the_roles_ranks_only_where_there_is_one() -> Non
     three = ("experiment=smoke", "placement.critic.ranks=2")
     assert roles.rank_counts(configuration.load([*three])) == [1, 2, 1, 1, 1]
     assert roles.rank_counts(configuration.load([*three, "ppo.advantage=reinforce"])) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("engine.zero_stage=0", "engine.offload_optimizer=cpu"), "engine.offload_optimizer=cpu: needs ZeRO stage 1 or higher"),
+        (("engine.zero_stage=2", "engine.offload_parameters=cpu"), "engine.offload_parameters=cpu: needs ZeRO stage 3 or higher"),
+        (("engine.zero_stage=3", "engine.offload_optimizer=nvme"), "engine.nvme_path=null names no folder"),
+        (
+            ("engine.zero_stage=3", "engine.offload_parameters=nvme", "engine.nvme_path=/tmp"),
+            "set engine.offload_optimizer=nvme",
+        ),
+    ],
+)
+def test_offloading_what_the_stage_does_not_cut_up_is_refused(overrides: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as found:
+        configuration.load(["experiment=smoke", *overrides], tmp_path)
+    assert any(said in mistake for mistake in found.value.mistakes)
+
+
+def test_offloading_that_goes_together_is_accepted(tmp_path: Path) -> None:
+    given = ("engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.offload_parameters=cpu", f"engine.nvme_path={tmp_path}")
+    assert configuration.load(["experiment=smoke", *given], tmp_path).offload_parameters() == "cpu"

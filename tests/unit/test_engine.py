@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from actors.engine import Engine, Optimizer
+from actors.engine import Engine
+from actors.sharding import Optimizer, Sharding, buckets
 from actors.trainer import cosine
 from actors.worker import process_group_of_one, warmed_up
 from tests.fakes import floats
@@ -17,7 +18,7 @@ def engine(stage: int = 0, optimizer: Optimizer | None = Optimizer(lr=0.1, weigh
     process_group_of_one()
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-    return Engine(module, optimizer, zero_stage=stage, offload=False, dtype="fp32", micro_batch=2)
+    return Engine(module, optimizer, Sharding(stage, micro_batch=2))
 
 
 def learn(of: Engine, step: int, lr: float = 0.1) -> float:
@@ -136,7 +137,7 @@ def test_gradients_that_are_not_finite_stop_the_step_at_every_stage(stage: int, 
 def named(*names: str, width: int = 4) -> Engine:
     process_group_of_one()
     module = nn.ModuleDict({name: nn.Linear(width, 2) for name in names})
-    return Engine(module, Optimizer(0.1, 0.0, 1.0), zero_stage=2, offload=False, dtype="fp32", micro_batch=2)
+    return Engine(module, Optimizer(0.1, 0.0, 1.0), Sharding(2, micro_batch=2))
 
 
 @pytest.mark.parametrize(
@@ -180,3 +181,26 @@ def test_buffers_and_counters_come_back(stage: int, tmp_path: Path) -> None:
     other.load_state(tmp_path)
     assert other.module.get_buffer("mean").tolist() == [7.0] * 3
     assert other.deepspeed.global_steps == one.deepspeed.global_steps == 1
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_sleeping_engine_may_not_be_used_and_wakes_as_it_was(stage: int) -> None:
+    subject, other = engine(stage), engine(stage)
+    for one in (subject, other):
+        learn(one, 0)
+    subject.sleep()
+    subject.sleep()
+    with pytest.raises(RuntimeError, match="sleeps.*placement.sleep"):
+        subject(torch.ones(1, 4))
+    with pytest.raises(RuntimeError, match="sleeps"):
+        subject.whole("0.weight")
+    subject.wake()
+    assert learn(subject, 1) == learn(other, 1)
+    assert all(torch.equal(weights(subject)[name], tensor) for name, tensor in weights(other).items())
+
+
+def test_buckets_follow_from_the_model_and_hold_its_largest_parameter() -> None:
+    sizes = buckets([3_000_000, 50_000_000, 10], [3_000_000])
+    assert (sizes.reduce, sizes.prefetch, sizes.live) == (3_000_000, 50_000_000, 53_000_010)
+    small = buckets([10, 20], [])
+    assert (small.reduce, small.prefetch, small.live) == (1, 30, 30)

@@ -150,7 +150,7 @@ def test_an_optimizer_step_adds_up_all_losses_over_all_rows_and_says_which_pass_
 
 
 def test_a_rank_with_fewer_micro_batches_adds_passes_that_weigh_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "_most_over_ranks", lambda count, engine: count + 2)
+    monkeypatch.setattr(learning, "agreed_count", lambda count, engine: count + 2)
     engine, rows = CountingEngine(), dialogues(0, 4)
     optimizer_step(engine, [(lambda piece: piece.lengths.sum().float(), rows)], 2, 0.1)
     assert sum(engine.values) == float(rows.lengths.sum())
@@ -164,6 +164,6 @@ def test_passes_that_weigh_nothing_do_not_count_in_the_reported_loss(monkeypatch
         batch=lambda step, rank, ranks: rows,
         loss=lambda engine, part: [(lambda piece: piece.lengths.sum().float(), part)],
     )
-    monkeypatch.setattr(learning, "_most_over_ranks", lambda count, engine: count + 2)
+    monkeypatch.setattr(learning, "agreed_count", lambda count, engine: count + 2)
     figures = trainer._step(smoke("engine.micro_batch=2"), task, CountingEngine(), SimpleNamespace(rank=0, world_size=1), 0)
     assert figures["loss"] == float(rows.lengths.sum())

@@ -195,3 +195,23 @@ def test_a_new_model_is_drawn_with_that_spread(architecture: str) -> None:
     lm = models.new_causal_lm(scale, 200, 0, 0.0, 1, 0)
     matrices = [p for name, p in lm.named_parameters() if p.dim() == 2 and ".layers." in name]
     assert float(torch.cat([p.flatten() for p in matrices]).std()) == pytest.approx(models.initial_spread(64), rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_a_model_that_is_drawn_parameter_by_parameter_is_written_in_files_and_distributed_as_any_new_one(
+    architecture: str, tmp_path: Path
+) -> None:
+    scale = replace(smoke().scale, architecture=architecture, width=64, feed_forward=256)
+    given = (scale, 200, 7, 0.0, END, PAD)
+    undrawn = models.undrawn_causal_lm(*given)
+    assert all(parameter.is_meta for parameter in undrawn.parameters())
+    models.write_unfilled(undrawn, tmp_path / "one", 100_000)
+    models.write_unfilled(models.undrawn_causal_lm(*given), tmp_path / "again", 10**9)
+    one, again = (load_causal_lm(str(tmp_path / name)).state_dict() for name in ("one", "again"))
+    assert len(list((tmp_path / "one").glob("model-*.safetensors"))) > 1 and (tmp_path / "again" / "model.safetensors").exists()
+    for name, tensor in new_causal_lm(*given).state_dict().items():
+        assert torch.equal(one[name], again[name])
+        assert float(one[name].std() if tensor.numel() > 1 else 0) == pytest.approx(float(tensor.std()), rel=0.15, abs=1e-6)
+        assert float(one[name].mean()) == pytest.approx(float(tensor.mean()), abs=0.01)
+    same_shape = [tensor for name, tensor in one.items() if name.endswith("k_proj.weight")]
+    assert not torch.equal(same_shape[0], same_shape[1])

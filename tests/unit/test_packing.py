@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actors.batch import Dialogues
-from actors.engine import Optimizer
 from actors.language_task import LanguageTask
 from actors.learning import micro_batches, optimizer_step
 from actors.models import LanguageModel, keeps_packed_apart, mask_between_dialogues, new_causal_lm, save_model
 from actors.packing import first_fit, pack
+from actors.sharding import Optimizer
 from actors.worker import make_engine, process_group_of_one
 from tests.fakes import END, PAD, VOCABULARY, dialogues, quickly, smoke
 
