@@ -1,4 +1,4 @@
-"""What the KL penalty is for: PPO with beta 0 and with the quickstart's, from one SFT checkpoint and one reward model.
+"""What the KL penalty is for: PPO with beta 0, the quickstart's 0.1, one half and twice of it, from one SFT checkpoint and one reward model.
 
     python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs 2
     python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs 2 --weak --out runs/bench-overoptimisation-weak
@@ -32,7 +32,7 @@ SETTINGS = [
 ]  # fmt: skip
 """The leash alone differs: a fixed beta, and no guard that would end the run."""
 FREE = "beta 0"
-ARMS = {name: [f"ppo.kl.beta={name.split()[1]}"] for name in (FREE, "beta 0.05", "beta 0.5")}
+ARMS = {name: [f"ppo.kl.beta={name.split()[1]}"] for name in (FREE, "beta 0.05", "beta 0.1", "beta 0.2", "beta 0.5")}
 STRONG = "beta 0.5"
 """Only against the weak reward model."""
 
