@@ -32,7 +32,8 @@ MARGIN = 0.05
 from right to wrong, or of not quite two words per reply (0.03 each). What the true reward gives must be several times as much."""
 PROMPTS, SEEDS, WORLD = 2048, (0, 1, 2), 77
 SETTINGS = ["ppo.steps=14", "ppo.warmup=3", "ppo.kl.controller=fixed", "ppo.kl.beta=0.05", "ppo.judge.every=0", "checks=strict"]
-"""Half as many steps as the quickstart, at its batch and learning rates; a fixed beta, for the adaptive one would follow the reward's kind. Batches of half its size let a random reward wander twice as far (BENCHMARKS.md)."""
+"""Half as many steps as the quickstart, at its batch and learning rates; a fixed beta, for the adaptive one would follow the reward's kind.
+Batches of half its size let a random reward wander twice as far (BENCHMARKS.md)."""
 GROUPS = "ppo.samples_per_prompt=4"
 ARMS = {
     "gae": [],

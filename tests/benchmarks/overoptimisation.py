@@ -1,4 +1,5 @@
-"""What the KL penalty is for: PPO with beta 0, the quickstart's 0.1, one half and twice of it, from one SFT checkpoint and one reward model.
+"""What the KL penalty is for: PPO with beta 0, the quickstart's 0.1, one half and twice of it, from one SFT checkpoint and one reward
+model.
 
     python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs 2
     python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs 2 --weak --out runs/bench-overoptimisation-weak
