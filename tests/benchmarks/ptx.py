@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="print the table of what is finished, run nothing")
     wanted = parser.parse_args()
     if not wanted.summary:
-        runs.make(wanted.out / "start", ["pretrain", "sft", "compare", "reward_model"], START)
+        runs.make(wanted.out / "start", ["pretrain", "sft", "compare", "reward_model"], [*START, *runs.ONE_THREAD])
         tasks = [{"ptx": weight, "seed": seed} for seed in wanted.seeds for weight in wanted.weights]
         runs.work(wanted.out, tasks, one, wanted.jobs)
     table, fine = summary(wanted.out)
