@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"chatray: {mistake}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"chatray: {error}", file=sys.stderr)
+        error.say()
         return 1
     except KeyboardInterrupt:
         print("chatray: stopped; the same command goes on from the last commit", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 
@@ -15,3 +16,12 @@ class RequestError(Exception):
 
 class RunError(Exception):
     """The run failed: exit code 1. What was committed stays, and the same command goes on from there."""
+
+    said = False
+    """Whether the text was printed already."""
+
+    def say(self) -> None:
+        """Print the text, once."""
+        if not self.said:
+            print(f"chatray: {self}", file=sys.stderr, flush=True)
+        self.said = True

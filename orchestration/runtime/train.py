@@ -78,7 +78,11 @@ def run_training(config: Config, task: Task, directory: StageDirectory, watch: C
     outcome: dict[str, Any] = {}
     thread = threading.Thread(target=_fit, args=(config, task, directory, outcome), daemon=True)
     thread.start()
-    _watch(thread, directory, config, watch)
+    try:
+        _watch(thread, directory, config, watch)
+    except RunError as error:
+        error.say()  # now: closing Ray under the thread that still waits for it may end this process at once
+        raise
     if "error" in outcome:
         raise RunError(f"training failed: {_cause(outcome['error'])}") from outcome["error"]
     return outcome["result"]
