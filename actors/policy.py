@@ -21,6 +21,7 @@ from actors.algorithms.running import Moments, normalised
 from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues, Experience, Rollouts, join_rows
 from actors.learning import in_step, minibatches, optimizer_step
+from actors.rank import off_device
 from actors.sample_figures import Ranks, sample_figures
 from actors.sharded_state import Snapshot, save_snapshot
 from actors.sharding import Optimizer
@@ -151,6 +152,7 @@ class Policy(Worker):
         rows = whole.split([len(a) for a in advantages])
         return [row[:, : a.shape[1]].clone() for row, a in zip(rows, advantages, strict=True)]
 
+    @off_device
     def describe(self) -> dict[str, float]:
         """Figures of the samples that `experience` saw last (`sample_figures.py`)."""
         return self.described
@@ -212,6 +214,7 @@ class Policy(Worker):
 
         return loss
 
+    @off_device
     def bucket_count(self) -> int:
         """In how many buckets the weights are sent."""
         return len(self.buckets)

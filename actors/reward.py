@@ -8,6 +8,7 @@ from torch import Tensor
 from actors.algorithms.running import Moments
 from actors.batch import Rollouts
 from actors.engine import Engine
+from actors.rank import off_device
 from actors.rewards.function import FunctionSource
 from actors.rewards.source import RewardError, Rows, Source, Texts
 from actors.worker import Worker
@@ -36,6 +37,7 @@ class Reward(Worker):
 
         return ModelSource(self.config, settings.name, settings.path or self.checkpoint)
 
+    @off_device
     def prepare(self, texts: Texts) -> None:
         """Learn what sources that read text need; may be left out with `ppo.rewards` empty and a model of the policy's tokenizer."""
         self.texts = texts
@@ -62,6 +64,7 @@ class Reward(Worker):
     def engines(self) -> list[Engine]:
         return [source.engine for _, _, source in self.sources if hasattr(source, "engine")]
 
+    @off_device
     def describe(self) -> dict[str, Moments]:
         """Moments of this rank's last scores, of each source by name, and of their sum as `TOTAL`."""
         return self.described

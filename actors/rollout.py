@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from actors.batch import Prompts, Rollouts
 from actors.models import load_causal_lm
+from actors.rank import off_device
 from actors.weight_sync import Arrivals, WeightUpdate, unpack
 from actors.worker import Worker
 
@@ -75,14 +76,15 @@ class Rollout(Worker):
         self.checkpoint = checkpoint
         self.load()
 
+    @off_device
     def load_weights(self, update: WeightUpdate) -> int:
-        """Take over a bucket of the policy's weights; returns their version. All buckets of a version must come, in order.
+        """Take over a bucket of the policy's weights; returns their version. All buckets of a version must come, in order. A sleeping
+        engine takes them where it sleeps: waking for each bucket would move the whole model to the device and back.
 
         Raises:
             ValueError: this is not the bucket that was due.
         """
         self.arrivals.check(update)
-        self._check_awake()
         self.engine.load_weights(unpack(update), update.version if update.last() else None)
         return update.version
 

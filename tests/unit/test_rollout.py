@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from actors.batch import Prompts, pad_rows
 from actors.models import LanguageModel
+from actors.rank import is_off_device
 from actors.rollout import Rollout, Sampling, TransformersEngine, choose, left_padded, uniforms
 from actors.weight_sync import pack
 from actors.worker import RankSpec
@@ -184,3 +185,16 @@ def test_a_rollout_rank_gives_back_the_pieces_it_was_given_and_takes_packed_weig
     assert [reply for piece in found for reply in replies(piece)] == replies(whole)
     assert rank.load_weights(pack(LanguageModel(tiny_lm(1)).state_dict(), 4)) == 4
     assert replies(rank.generate([asked], SAMPLING)[0]) != replies(whole)
+
+
+def test_a_sleeping_engine_takes_weights_where_it_sleeps_and_samples_when_it_is_woken(tmp_path) -> None:
+    rank = Rollout(smoke(), saved_lm(tmp_path), RankSpec("rollout", 0, 1, torch.get_num_threads()))
+    rank.load()
+    rank.sleep()
+    assert is_off_device(Rollout.load_weights)
+    rank.load_weights(pack(LanguageModel(tiny_lm(1)).state_dict(), 4))
+    with pytest.raises(RuntimeError, match="sleeps"):
+        rank.generate([prompts(6)], SAMPLING)
+    rank.wake()
+    wanted = TransformersEngine(tiny_lm(1), END, torch.device("cpu")).generate(prompts(6), SAMPLING)
+    assert replies(rank.generate([prompts(6)], SAMPLING)[0]) == replies(wanted)
