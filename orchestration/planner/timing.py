@@ -28,6 +28,11 @@ STORE_GB = 2.0
 """GB/s in which weights go through a node's object store: one copy in, one out. An assumption."""
 HOST_GB = 20.0
 """GB/s between a GPU and host memory, for offloaded states: PCIe 4.0 x16 as it is reached. An assumption."""
+SAMPLING_PASSES = 12
+"""Numbers of four bytes that are read or written for each logit to draw a token: float32 log-softmax, its exponential and running sum in
+double (`actors/rollout.py`)."""
+CACHE_PASSES = 3
+"""transformers' cache grows by being copied: read and written anew for each token, and read once more by attention."""
 HOST_ADAM_GB = 10.0
 """GB/s of each rank's AdamW in host memory. An assumption."""
 
@@ -86,6 +91,19 @@ READING, EXCHANGE = 0.7, 0.5
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Tokens of a step's samples."""
+
+    prompt: float
+    reply: float
+    """Means."""
+    longest_prompt: float
+    """Of those that an engine takes at once."""
+    longest_reply: float
+    """Decoding goes on until it has ended."""
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of PPO."""
 
@@ -114,19 +132,19 @@ class Step:
 def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node]) -> Step:
     """Tokens, seconds and cost of a step on GPUs."""
     speed = of_cluster(cluster, len(nodes))
-    prompt, reply = lengths(config)
-    phases = {name: work.seconds(speed) for name, work in work_of(config, prompt, reply).items()}
+    tokens = lengths(config)
+    phases = {name: work.seconds(speed) for name, work in work_of(config, tokens).items()}
     gpus = sum(node.gpus for node in nodes)
     dollars = cluster.price * gpus * sum(phases.values()) / 3600 if cluster.price else None
     found = [
-        f"prompts of {prompt} and replies of {reply} tokens, none shorter",
+        f"prompts of {tokens.prompt:g} and replies of {tokens.reply:g} tokens, none shorter",
         f"{ARITHMETIC:.0%} of {cluster.gpu_tflops:g} TFLOP/s, {READING:.0%} of {cluster.gpu_bandwidth_gb:g} GB/s in decoding, "
         f"{LAYER * 1e6:.0f} us a layer at least: fitted to DeepSpeed-Chat's published times",
         f"{EXCHANGE:.0%} of the {'network' if len(nodes) > 1 else 'links'}, {STORE_GB:g} GB/s through the object store, {HOST_GB:g} GB/s "
         "to host memory: assumed",
         "every GPU of the cluster is paid for, in use or not" if dollars is not None else "no price: set cluster.price",
     ]
-    return Step(phases, config.ppo.batch * (prompt + reply), dollars, found)
+    return Step(phases, config.ppo.batch * int(tokens.prompt + tokens.reply), dollars, found)
 
 
 def of_cluster(cluster: Cluster, nodes: int) -> Speed:
@@ -134,18 +152,23 @@ def of_cluster(cluster: Cluster, nodes: int) -> Speed:
     return Speed(cluster.gpu_tflops * 1e12, cluster.gpu_bandwidth_gb * 1e9, network * 1e9, ARITHMETIC, READING, EXCHANGE, LAYER)
 
 
-def lengths(config: Config) -> tuple[int, int]:
-    """Tokens of a prompt and of a reply."""
+def lengths(config: Config) -> Lengths:
+    """The longest that they may be: prompts as long as replies where the context has room."""
     context, reply = language_model(config).context, config.ppo.max_new_tokens
-    return max(min(reply, context - reply), 1), reply
+    prompt = max(min(reply, context - reply), 1)
+    return Lengths(prompt, reply, prompt, reply)
 
 
-def work_of(config: Config, prompt: float, reply: float) -> dict[str, Work]:
-    """Work of the busiest device in each phase; where roles share devices, of all of them together."""
+def work_of(config: Config, tokens: Lengths, cache_passes: int = CACHE_PASSES) -> dict[str, Work]:
+    """Work of the busiest device in each phase; where roles share devices, of all of them together.
+
+    Args:
+        cache_passes: how often each token moves the keys and values of all before it; 1 where they stay in place.
+    """
     policy, scorer = language_model(config), scalar_model(config)
-    place, ppo, length = config.placement, config.ppo, prompt + reply
+    place, ppo, length = config.placement, config.ppo, tokens.prompt + tokens.reply
     low = 2 if config.dtype() == "bf16" else 4
-    generate = _generate(config, policy, prompt, reply, low)
+    generate = _generate(config, policy, tokens, cache_passes, low)
     passes = {"reference": policy, "reward": scorer, "critic": scorer, "policy": policy}
     present = {role: shape for role, shape in passes.items() if role in config.roles_of_ppo() or role == "reference"}
     score = {
@@ -164,16 +187,19 @@ def _together(config: Config, works: dict[str, Work]) -> Work:
     return max(works.values(), key=lambda work: work.flops)
 
 
-def _generate(config: Config, shape: Shape, prompt: float, reply: float, low: int) -> Work:
+def _generate(config: Config, shape: Shape, tokens: Lengths, cache_passes: int, low: int) -> Work:
     place, batch = config.placement.rollout, config.ppo.batch
     mine = batch / place.ranks
     rounds = ceil(mine / config.engine.rollout_batch)
     rows = mine / rounds
+    prompt, reply = tokens.longest_prompt, tokens.reply  # an engine's batch is padded to its longest prompt
     prefill = shape.forward_flops(mine * prompt, prompt) / place.tensor_parallel
     decode = shape.forward_flops(mine * reply, 2 * prompt + reply) / place.tensor_parallel
     weights = shape.active * low / place.tensor_parallel
     cache = shape.cache(int(rows * (prompt + reply / 2)), low) / place.tensor_parallel
-    return Work(prefill + decode, rounds * reply * (weights + cache), 0.0, rounds * (reply + 1) * shape.layers)
+    drawing = 4 * SAMPLING_PASSES * mine * reply * shape.vocabulary
+    read = rounds * (tokens.longest_reply * weights + reply * cache_passes * cache) + drawing
+    return Work(prefill + decode, read, 0.0, rounds * (tokens.longest_reply + 1) * shape.layers)
 
 
 def _forward(config: Config, shape: Shape, rows: int, length: float, ranks: int, low: int) -> Work:

@@ -5,7 +5,8 @@
 
 `published`: each row is predicted by constants that were fitted to the other ten, of the plan's model (arithmetic reached, seconds a layer
 takes at least) and of the baseline "a constant x parameters per GPU", both by least squares of the relative error.
-`measured`: two numbers of this CPU (a matrix product of the model's own size, a copy) and the seconds of one layer go into the same model.
+`measured`: two numbers of this CPU (a matrix product of the model's own size, a copy) and the seconds of one layer, alone and
+while decoding, go into the same model.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from scipy.optimize import nnls
 from conf.schema import Config
 from orchestration import config as configuration
 from orchestration.planner.shapes import language_model
-from orchestration.planner.timing import EXCHANGE, READING, Speed, of_cluster, work_of
+from orchestration.planner.timing import EXCHANGE, READING, Lengths, Speed, of_cluster, work_of
 
 QUERIES, BATCH, PROMPT, REPLY = 131_900, 1024, 256, 256
 HOURS = {
@@ -70,7 +71,7 @@ def _row(scale: str, gpus: int, hours: float) -> Row:
         "ppo.ptx_batch=64", "sft.batch=64", "reward_model.batch=64", "pretrain.batch=64",
     ])  # fmt: skip
     config = replace(config, reward_scale=configuration.load(["scale=350m"]).scale)
-    phases = work_of(config, PROMPT, REPLY)
+    phases = work_of(config, Lengths(PROMPT, REPLY, PROMPT, REPLY), cache_passes=1)  # theirs has room for the longest from the start
     total = phases["generate"] + phases["score"] + phases["learn"]  # their engine shares its weights with the trainer: no sync
     peak = of_cluster(config.cluster, config.cluster.nodes)
     runs = QUERIES / BATCH / 3600
@@ -134,20 +135,32 @@ def measured(run: Path) -> int:
     seen = {name: statistics.median(row[f"seconds_{name}"] for row in steps) for name in ("rollout", "reward", "scoring", "learning")}
     tokens = statistics.median(row["tokens"] for row in steps) / config.ppo.batch
     reply = statistics.median(row["reply_tokens"] for row in steps)
-    work = work_of(config, tokens - reply, reply)
+    work = work_of(config, Lengths(tokens - reply, reply, longest_prompt(run, config), config.ppo.max_new_tokens))
     speed = this_cpu(config, int(tokens))
     said = {"generate": work["generate"], "score": work["score"], "learn": work["learn"]}
     took = {"generate": seen["rollout"], "score": seen["reward"] + seen["scoring"], "learn": seen["learning"]}
     print("| phase | measured, s | plan, s | ratio |\n|---|---|---|---|")
     worst = 1.0
     for name, one in said.items():
-        seconds = one.seconds(speed)
+        seconds = one.seconds(replace(speed, layer=a_decoded_layer(config)) if name == "generate" else speed)
         worst = max(worst, seconds / took[name], took[name] / seconds)
         print(f"| {name} | {took[name]:.3f} | {seconds:.3f} | {seconds / took[name]:.2f} |")
     print(
         f"\n{speed.flops / 1e9:.1f} GFLOP/s, {speed.bandwidth / 1e9:.1f} GB/s, {speed.layer * 1e3:.2f} ms a layer; furthest: x{worst:.2f}"
     )
     return int(worst > WITHIN)
+
+
+def longest_prompt(run: Path, config: Config) -> float:
+    """Tokens of the longest prompt that an engine takes at once, on average: batches of the embedded world's prompts, as PPO draws them."""
+    from orchestration.data.chat import Chat, load_tokenizer
+    from orchestration.data.world import scenarios
+
+    chat = Chat(load_tokenizer(str(run / "round_01/sft/checkpoint"), "model.tokenizer"))
+    at_once = min(config.ppo.batch // config.placement.rollout.ranks, config.engine.rollout_batch)
+    drawn = chat.prompt_all(scenarios.prompts(8 * at_once, config.seed, config.data.flaws, judging=True))  # type: ignore[union-attr]
+    sizes = [len(prompt) for prompt in drawn]
+    return statistics.fmean(max(sizes[start : start + at_once]) for start in range(0, len(sizes), at_once))
 
 
 def _of_run(run: Path) -> Config:
@@ -180,6 +193,19 @@ def this_cpu(config: Config, length: int) -> Speed:
     with torch.no_grad():
         layer = fastest(lambda: lm(token)) / scale.layers
     return Speed(flops, bandwidth, bandwidth, 1.0, 1.0, 1.0, layer)
+
+
+def a_decoded_layer(config: Config) -> float:
+    """Seconds of one layer while one reply to one token is decoded: kernels on next to nothing, Python, the draw of a token."""
+    from actors.batch import Prompts
+    from actors.models import new_causal_lm
+    from actors.rollout import Sampling, TransformersEngine
+
+    lm = new_causal_lm(config.scale, config.scale.vocabulary, 0, 0.0, 0, 0)
+    engine = TransformersEngine(lm, -1, torch.device("cpu"))  # no token ends it
+    asked = Prompts(torch.ones(1, 1, dtype=torch.long), torch.ones(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long))
+    sampling = Sampling(1.0, 16, 0, 0)
+    return fastest(lambda: engine.generate(asked, sampling)) / sampling.max_new_tokens / config.scale.layers
 
 
 def fastest(call: Any, times: int = 20) -> float:
