@@ -40,8 +40,8 @@ SETTINGS = [
     "ppo.judge.every=0",
     "checks=strict",
 ]
-"""Half as many steps as the quickstart, at its batch and half the policy's learning rate; a fixed beta, for the adaptive one would follow the
-reward's kind. Smaller batches or larger steps let a random reward wander further (BENCHMARKS.md)."""
+"""Half as many steps as the quickstart, at its batch and half the policy's learning rate; a fixed beta, for the adaptive one would follow
+the reward's kind. Smaller batches or larger steps let a random reward wander further (BENCHMARKS.md)."""
 GROUPS = "ppo.samples_per_prompt=4"
 ARMS = {
     "gae": [],
