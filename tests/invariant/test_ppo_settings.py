@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.batch import Rollouts
-from actors.rollout import Rollout
+from actors.batch import Prompts, Rollouts
+from actors.rollout import Rollout, Sampling
 from conf.ppo import PPO
 from orchestration import config as configuration
 from orchestration.runtime.local import LocalRuntime
@@ -121,8 +121,14 @@ def test_each_kind_of_advantage_learns_something_else(start: Path, unchanged: tu
 
 def test_the_samples_of_a_prompt_differ_and_come_next_to_each_other(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Rollouts] = []
-    generate = Rollout.generate
-    monkeypatch.setattr(Rollout, "generate", lambda self, pieces, sampling: seen.extend(found := generate(self, pieces, sampling)) or found)
+    sample = Rollout.generate
+
+    def generate(self: Rollout, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
+        found = sample(self, pieces, sampling)
+        seen.extend(found)
+        return found
+
+    monkeypatch.setattr(Rollout, "generate", generate)
     outcome(start, tmp_path, {"steps": 1, "batch": 8, **WITHOUT_CRITIC["grpo"]})
     step = Rollouts.join(seen).select(slice(0, 8))
     assert step.keys[:, 1].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]

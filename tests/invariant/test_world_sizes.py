@@ -30,14 +30,14 @@ from tests.ranks import Ranks
 ROWS, SAVED_AFTER, STEPS = 8, 2, 4
 OFFLOADED = ("engine.offload_optimizer=cpu", "engine.offload_parameters=cpu")
 Cell = tuple[int, bool]
-"""ZeRO stage, and whether everything is offloaded."""
+"""ZeRO stage, and whether everything is offloaded that can be: parameters at stage 3 alone."""
 
 
 def config(cell: Cell) -> Config:
     """Weights of the feed-forward layers are large enough for ZeRO-3 to partition them, the others are not."""
     stage, offload = cell
     wide = ("scale.width=48", "scale.heads=2", "scale.feed_forward=256", f"engine.zero_stage={stage}", "engine.micro_batch=3")
-    return smoke(*wide, *(OFFLOADED if offload else ()))
+    return smoke(*wide, *(OFFLOADED[: 2 if stage == 3 else 1] if offload else ()))
 
 
 def engine(cell: Cell, seed: int = 0) -> Engine:

@@ -84,13 +84,13 @@ def test_the_published_175b_recipe_fits_64_gpus_and_says_what_binds() -> None:
 
 
 def test_programs_get_bytes_of_every_kind(capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["plan", "scale=tiny", "--json"]) == 0
+    assert cli.main(["plan", "scale=tiny", "cluster=a100x8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is True
     policy = found["roles"]["policy"]
     assert policy["parameters"] == 1_967_808
     assert policy["bytes_per_rank"]["parameters"] == 4 * 1_967_808
-    assert found == as_dict(planned("scale=tiny")) | {"remedies": []}
+    assert found == as_dict(planned("scale=tiny", "cluster=a100x8")) | {"remedies": []}
 
 
 def test_what_does_not_fit_ends_with_1_and_a_wrong_request_with_2(capsys: pytest.CaptureFixture) -> None:
