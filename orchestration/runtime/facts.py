@@ -14,9 +14,6 @@ from conf.schema import Config
 from orchestration.planner.machines import GIB, Node
 from orchestration.runtime.machine import Machine, cpu_limit, inspect, show_gpus
 
-ANSWER_SECONDS = 30.0
-"""How long a node may take to say what it has: a worker must start there, and import chatray."""
-
 
 @dataclass(frozen=True)
 class Survey:
@@ -43,7 +40,7 @@ def survey(config: Config) -> Survey:
     asked = time.time()
     if config.runtime == "local" or not config.ray.address:
         return Survey((inspect(config.run_dir),), (), "", asked, time.time() - asked)
-    return _survey_cluster(config.run_dir, asked)
+    return _survey_cluster(config.run_dir, config.deadlines.start, asked)
 
 
 def offered(config: Config) -> list[tuple[str, float, float]]:
@@ -70,7 +67,8 @@ def live_nodes(config: Config) -> list[Node]:
         runtime.close()
 
 
-def _survey_cluster(run_dir: str, asked: float) -> Survey:
+def _survey_cluster(run_dir: str, seconds: float, asked: float) -> Survey:
+    """What every node says within `seconds`: a worker must start there, and import chatray."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -88,11 +86,11 @@ def _survey_cluster(run_dir: str, asked: float) -> Survey:
             ): node
             for node in nodes
         }
-        ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=ANSWER_SECONDS)
+        ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=seconds)
         machines, silent = [], []
         for answer, node in answers.items():
             if answer not in ready:
-                silent.append((_name(node), f"did not answer within {ANSWER_SECONDS:g} s"))
+                silent.append((_name(node), f"did not answer within deadlines.start={seconds:g} s"))
                 ray.cancel(answer, force=True)
                 continue
             try:

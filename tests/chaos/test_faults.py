@@ -148,7 +148,10 @@ def test_a_hung_rank_is_named_when_the_deadline_passes(smoke_run: Path, tmp_path
 
 def test_a_cluster_too_small_is_refused_with_what_it_has(smoke_run: Path, tmp_path: Path, chatray: Chatray) -> None:
     run = prepared(smoke_run, tmp_path)
-    words = ("placement.policy.cpus=500", "deadlines.start=100")
-    done = chatray("run", "experiment=smoke", "stage=ppo", f"run_dir={run}", *words, cwd=tmp_path, seconds=80)
-    assert done.returncode == 1
-    assert "could not reserve 500.4 CPUs" in done.stderr and "Choose a smaller `placement`" in done.stderr
+    words = ("stage=ppo", f"run_dir={run}", "placement.policy.cpus=500", "deadlines.start=100")
+    refused = chatray("run", "experiment=smoke", *words, cwd=tmp_path, seconds=80)
+    assert refused.returncode == 2
+    assert "stage ppo needs 500.4 CPUs" in refused.stderr and "a bundle of 500 CPUs" in refused.stderr
+    unchecked = chatray("run", "experiment=smoke", *words, "preflight=off", cwd=tmp_path, seconds=80)
+    assert unchecked.returncode == 1
+    assert "could not reserve 500.4 CPUs" in unchecked.stderr and "Choose a smaller `placement`" in unchecked.stderr
