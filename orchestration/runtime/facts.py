@@ -77,7 +77,7 @@ def _survey_cluster(run_dir: str, seconds: float, asked: float) -> Survey:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".token-{token}"
     file.write_text(token)
-    look: Any = ray.remote(num_cpus=0, max_retries=0)(inspect)
+    look: Any = ray.remote(num_cpus=0, max_retries=2)(inspect)  # a worker may be ending as it is asked
     nodes = _alive()
     try:
         answers = {
