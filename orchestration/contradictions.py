@@ -72,6 +72,10 @@ def _ranks(config: Config) -> Iterable[str]:
         batch = getattr(config, stage).batch
         if batch % place.train.ranks:
             yield f"{stage}.batch={batch}: not divisible by placement.train.ranks={place.train.ranks}"
+    for role in ("train", *PPO_ROLES):
+        if role != "rollout" and getattr(place, role).tensor_parallel > 1:
+            parts = getattr(place, role).tensor_parallel
+            yield f"placement.{role}.tensor_parallel={parts}: rollout engines alone are split over devices; set it to 1"
     if config.runtime == "local":
         for role in ("train", *PPO_ROLES):
             if getattr(place, role).ranks > 1:

@@ -99,6 +99,11 @@ def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Seque
     Raises:
         RequestError: a stage was run with other settings, its inputs are missing, or a reward that it needs is not there.
     """
+    if (parts := config.placement.rollout.tensor_parallel) > 1:
+        raise RequestError(
+            f"placement.rollout.tensor_parallel={parts}: it can be planned, but the transformers engine does not split a model over "
+            "devices; set it to 1"
+        )
     first = STAGES.index(config.rerun_from) if config.rerun_from else len(STAGES)
     to_run = []
     for name in wanted:

@@ -167,6 +167,7 @@ def test_an_infinite_learning_rate_is_refused() -> None:
         (["experiment=hh_harmless", "data.heldout_preferences=0"], "data.heldout_preferences=0: the reward model is measured"),
         (["experiment=hh_harmless", "++data.pretrain={format: messages, path: x}"], "data.pretrain.format=messages: plain text is needed"),
         (["reward_model.start=model"], "reward_model.start=model: simulated labellers"),
+        (["placement.critic.tensor_parallel=2"], "placement.critic.tensor_parallel=2: rollout engines alone"),
         (["reward_model.start=own"], "reward_model.start=own: of which size?"),
         (["scale@reward_scale=tiny"], "reward_scale=tiny: it counts with reward_model.start=own only"),
         (["reward_model.path=/nowhere", "reward_model.start=own"], "reward_model.path=/nowhere: no Hugging Face checkpoint"),

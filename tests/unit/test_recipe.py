@@ -7,7 +7,8 @@ import pytest
 
 from conf.rewards import FunctionReward, ModelReward
 from conf.schema import STAGES, Config
-from orchestration.recipe import identity, inputs_of, stages_of
+from orchestration.errors import RequestError
+from orchestration.recipe import check, identity, inputs_of, stages_of
 from tests.fakes import smoke, with_section
 
 
@@ -86,3 +87,8 @@ def test_without_a_reward_model_of_its_own_a_run_leaves_out_the_stages_that_make
     assert inputs_of("ppo", both) == ("sft", "reward_model")
     elsewhere = with_section(smoke(), "ppo", rewards=(ModelReward("model", path="some/model"),))
     assert inputs_of("ppo", elsewhere) == ("sft",)
+
+
+def test_engines_that_cannot_be_split_are_refused_before_anything_starts() -> None:
+    with pytest.raises(RequestError, match="tensor_parallel=2: it can be planned"):
+        check(smoke("placement.rollout.tensor_parallel=2"), SimpleNamespace(), SimpleNamespace(), ["ppo"])  # type: ignore[arg-type]
