@@ -15,7 +15,8 @@ from actors.policy import Policy
 from actors.reference import Reference
 from actors.reward import Reward
 from actors.rewards.source import Texts
-from actors.rollout import Rollout, Sampling
+from actors.rollout import Rollout
+from actors.sampling import Sampling
 from actors.weight_sync import WeightUpdate
 from conf.schema import Config
 from orchestration.runtime.dispatch import Pieces

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from actors.models import load_causal_lm
-from actors.rollout import Sampling, TransformersEngine
+from actors.rollout_transformers import TransformersEngine
+from actors.sampling import Sampling
 from orchestration.data.chat import Chat, load_tokenizer
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.data.fitting import fitting_prompts

@@ -30,7 +30,7 @@ HOST_GB = 20.0
 """GB/s between a GPU and host memory, for offloaded states: PCIe 4.0 x16 as it is reached. An assumption."""
 SAMPLING_PASSES = 12
 """Numbers of four bytes that are read or written for each logit to draw a token: float32 log-softmax, its exponential and running sum in
-double (`actors/rollout.py`)."""
+double (`actors/rollout_transformers.py`)."""
 CACHE_PASSES = 3
 """transformers' cache grows by being copied: read and written anew for each token, and read once more by attention."""
 HOST_ADAM_GB = 10.0

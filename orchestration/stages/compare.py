@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from actors.rollout import Sampling
+from actors.sampling import Sampling
 from orchestration import roles
 from orchestration.data import comparisons, labeler
 from orchestration.data.dialogues import Dialogue, Message

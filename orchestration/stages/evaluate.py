@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from actors.batch import Rollouts
-from actors.rollout import Sampling
+from actors.sampling import Sampling
 from conf.schema import Config
 from conf.sources import WorldData
 from orchestration import roles

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from actors.batch import Comparisons, Rollouts
-from actors.rollout import Sampling
+from actors.sampling import Sampling
 from orchestration.data.comparisons import demonstrated
 from orchestration.data.dialogues import Dialogue
 from orchestration.data.fitting import fitting_prompts

@@ -26,7 +26,7 @@ from actors.algorithms.kl import KLController
 from actors.algorithms.running import Moments
 from actors.batch import Dialogues, Experience, Prompts, Rollouts
 from actors.language_task import step_rows
-from actors.rollout import Sampling
+from actors.sampling import Sampling
 from orchestration import roles
 from orchestration.data.dialogues import Dialogue
 from orchestration.data.fitting import fitting_prompts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.batch import Rollouts
-from actors.rollout import Sampling
+from actors.sampling import Sampling
 from orchestration.data.chat import Chat
 from orchestration.data.dialogues import Dialogue
 from orchestration.roles import Roles

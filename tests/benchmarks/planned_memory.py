@@ -15,7 +15,7 @@ import argparse
 import datetime
 import gc
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -47,11 +47,7 @@ def main() -> int:
     parser.add_argument("--scales", nargs="+", default=["tiny", "125m"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)  # this process is a rank: its number, and the cell as JSON
     options = parser.parse_args()
-    if options.rank:
-        _rank(int(options.rank[0]), json.loads(options.rank[1]))
-        return 0
     print(f"| scale | ZeRO | offloaded | ranks | {' | '.join(f'{kind}: MB held / planned' for kind in KINDS)} | worst ratio |")
     print(f"|---|---|---|---|{'---|' * (len(KINDS) + 1)}", flush=True)
     worst = 0.0
@@ -91,19 +87,22 @@ def planned(scale: str, stage: int, offload: str, ranks: int, dtype: str) -> lis
 
 
 def measured(scale: str, stage: int, offload: str, ranks: int, dtype: str) -> list[dict[str, int]]:
-    """What each rank found itself to hold."""
+    """What each rank found itself to hold. A cell's processes are its own: DeepSpeed keeps things of an engine that is gone."""
     cell = overrides(scale, stage, offload, ranks, dtype)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["actors.worker", "orchestration.config"])  # imported once, for all ranks of all cells
     with tempfile.TemporaryDirectory() as folder:
-        request = json.dumps({"overrides": cell, "ranks": ranks, "folder": folder})
-        command = [sys.executable, "-m", "tests.benchmarks.planned_memory", "--rank"]
-        processes = [subprocess.Popen([*command, str(rank), request]) for rank in range(ranks)]
-        failed = [process.wait() for process in processes]
-        if any(failed):
+        processes = [context.Process(target=_rank, args=(rank, ranks, cell, folder)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
             raise SystemExit(f"a rank failed: {' '.join(cell)}, {ranks} ranks")
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def _rank(rank: int, cell: dict[str, Any]) -> None:
+def _rank(rank: int, ranks: int, cell: list[str], folder: str) -> None:
     """Train two steps, count, write."""
     import torch
     import torch.distributed as dist
@@ -114,9 +113,9 @@ def _rank(rank: int, cell: dict[str, Any]) -> None:
     from orchestration import config as configuration
 
     torch.set_num_threads(1)
-    config = configuration.load(cell["overrides"])
+    config = configuration.load(cell)
     limit = datetime.timedelta(seconds=300)
-    start_process_group(rank, cell["ranks"], dist.FileStore(str(Path(cell["folder"], "store")), cell["ranks"]), limit)
+    start_process_group(rank, ranks, dist.FileStore(f"{folder}/store", ranks), limit)
     module = LanguageModel(new_causal_lm(config.scale, config.scale.vocabulary, seed=0, dropout=0.0, end=0, pad=0))
     engine = make_engine(config, module, Optimizer(1e-4, 0.0, 1.0))
     engine.train(config.activation_checkpointing())
@@ -140,7 +139,7 @@ def _rank(rank: int, cell: dict[str, Any]) -> None:
         found = held(engine)
         engine.step(1e-4)
     found["communication"] += max(buckets)  # given back at the end of the backward pass under ZeRO 1 and 2
-    Path(cell["folder"], f"{rank}.json").write_text(json.dumps(found | {"activations": activations}))
+    Path(folder, f"{rank}.json").write_text(json.dumps(found | {"activations": activations}))
     dist.destroy_process_group()
 
 

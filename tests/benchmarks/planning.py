@@ -199,7 +199,8 @@ def a_decoded_layer(config: Config) -> float:
     """Seconds of one layer while one reply to one token is decoded: kernels on next to nothing, Python, the draw of a token."""
     from actors.batch import Prompts
     from actors.models import new_causal_lm
-    from actors.rollout import Sampling, TransformersEngine
+    from actors.rollout_transformers import TransformersEngine
+    from actors.sampling import Sampling
 
     lm = new_causal_lm(config.scale, config.scale.vocabulary, 0, 0.0, 0, 0)
     engine = TransformersEngine(lm, -1, torch.device("cpu"))  # no token ends it

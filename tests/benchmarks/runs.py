@@ -110,7 +110,8 @@ def gold(folder: str, prompts: int, seed: int, max_new_tokens: int, world: int) 
     import torch
 
     from actors.models import load_causal_lm
-    from actors.rollout import Sampling, TransformersEngine
+    from actors.rollout_transformers import TransformersEngine
+    from actors.sampling import Sampling
     from orchestration import config
     from orchestration.data.chat import Chat, load_tokenizer
     from orchestration.data.world import scenarios

@@ -14,7 +14,7 @@ from stand_ins import DIARY, StandIn
 from actors.batch import Experience, Prompts, Rollouts
 from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
 from actors.rewards.source import Texts
-from actors.rollout import Sampling
+from actors.sampling import Sampling
 from conf.schema import Config
 from orchestration import config as configuration
 from orchestration import roles
@@ -83,7 +83,7 @@ def generated(runtime: Runtime, started: Roles, models: Path) -> Pieces[Rollouts
 
 def replayed(models: Path) -> list[Rollouts]:
     """Rollouts that are the same in every runtime: sampled here, once."""
-    from actors.rollout import TransformersEngine
+    from actors.rollout_transformers import TransformersEngine
 
     lm = load_causal_lm(str(models / "lm"))
     engine = TransformersEngine(lm, int(lm.generation_config.eos_token_id), torch.device("cpu"))

@@ -8,7 +8,8 @@ import torch
 
 from actors.batch import Prompts, Rollouts
 from actors.models import LanguageModel
-from actors.rollout import Sampling, TransformersEngine, left_padded
+from actors.rollout_transformers import TransformersEngine, left_padded
+from actors.sampling import Sampling
 from tests.fakes import END, sequences, tiny_lm
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from actors.batch import Prompts, Rollouts
-from actors.rollout import Rollout, Sampling
+from actors.rollout import Rollout
+from actors.sampling import Sampling
 from conf.ppo import PPO
 from orchestration import config as configuration
 from orchestration.runtime.local import LocalRuntime

@@ -14,7 +14,7 @@ from actors.reward import Reward
 from actors.reward_network import FeatureModel, load_reward_model, save_network
 from actors.rewards.model import kind_of
 from actors.rewards.source import RewardError, Texts
-from actors.rollout import assemble
+from actors.sampling import assemble
 from actors.worker import RankSpec, process_group_of_one
 from conf.rewards import ModelReward
 from orchestration.data.chat import Chat, learn_tokenizer, load_tokenizer

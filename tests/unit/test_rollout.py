@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from actors.batch import Prompts, pad_rows
 from actors.models import LanguageModel
 from actors.rank import is_off_device
-from actors.rollout import Rollout, Sampling, TransformersEngine, choose, left_padded, uniforms
+from actors.rollout import Rollout
+from actors.rollout_transformers import TransformersEngine, choose, left_padded, uniforms
+from actors.sampling import Sampling
 from actors.weight_sync import pack
 from actors.worker import RankSpec
 from tests.fakes import END, VOCABULARY, floats, quickly, saved_lm, smoke, tiny_lm
