@@ -5,14 +5,16 @@ numbers that are trained, low = 2 bytes for bf16 on CUDA and 4 otherwise (bf16 o
 
     ZeRO   parameters      gradients            optimizer                 communication
     0      low P           low t                8 t (+ 4 t if low is 2)   -
-    1, 2   low P           low t / N            12 t / N                  a reduce bucket
+    1      low P           low t                12 t / N                  a reduce bucket
+    2      low P           low t / N **         12 t / N                  a reduce bucket
     3      low P / N *     low t / N            12 t / N                  a reduce bucket
 
-    * and tensors of up to PERSISTENT numbers whole
+    *  and tensors of up to PERSISTENT numbers whole
+    ** of whole tensors: one that is cut by a boundary between ranks is whole on both
 
-Gradients under ZeRO 1 and 2 are those of whole tensors: one that is cut by a boundary between ranks is whole on the first of them. An
-offloaded optimizer keeps them in fp32, twice: as they are added up, and as they are handed over. "Workspace" is what comes and goes
-within a step: layers gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
+ZeRO 1 adds up whole gradients over micro-batches, and shares them out when they are complete. An offloaded optimizer keeps gradients in
+fp32, twice: as they are added up (ZeRO 2 and 3), and as they are handed over. "Workspace" is what comes and goes within a step: layers
+gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
 """
 
 from __future__ import annotations
@@ -112,11 +114,10 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
     away: Where = {"none": "device", "cpu": "host", "nvme": "nvme" if stage == 3 else "host"}[offloaded]  # type: ignore[assignment]
     bucket = buckets(shape.tensors, tensors).reduce * low if stage else 0
     masters = 12 * share if stage or low == 2 else 8 * share
-    gradients = _gradients(tensors, ranks, stage, low, rank)
     parts = [
         *_parameters(config, shape, ranks, low),
         Held("optimizer", away, masters),
-        *_offloaded_gradients(stage, share, low, away if away != "nvme" else "host"),
+        *_gradients(tensors, ranks, stage, low, away if away != "nvme" else "host", rank),
         Held("communication", "device", bucket),
         *_passes(config, shape, batch, cuda),
         *_step(stage, share, offloaded, max(tensors, default=0), low),
@@ -124,16 +125,18 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
         *([Held("to go back to", "host", 2 * 4 * share)] if role == "policy" else []),
         Held("state", "disk", (config.commit.keep + 1) * (masters + _ceil(shape.parameters, ranks) * low)),
     ]
-    if offloaded == "none":
-        parts.append(Held("gradients", "device", gradients))
     return RankMemory(tuple(parts))
 
 
-def _offloaded_gradients(stage: int, share: int, low: int, away: Where) -> list[Held]:
+def _gradients(tensors: list[int], ranks: int, stage: int, low: int, away: Where, rank: int | None) -> list[Held]:
+    """When they have been added up over micro-batches, of a rank or of the one that has most of them; and, where the optimizer is offloaded,
+    as they are handed over to it."""
+    share = _share(tensors, ranks)
+    added_up = {0: sum(tensors), 1: sum(tensors), 2: _touched(tensors, ranks, rank), 3: share}[stage]
     if away == "device" or stage == 0:
-        return []
-    added_up = low if stage == 3 else 4
-    return [Held("gradients", away, share * added_up), Held("gradients", away, share * 4)]
+        return [Held("gradients", "device", added_up * low)]
+    where: Where = "device" if stage == 1 else away
+    return [Held("gradients", where, added_up * (4 if stage == 2 else low)), Held("gradients", away, share * 4)]
 
 
 def _step(stage: int, share: int, offloaded: str, largest: int, low: int) -> list[Held]:
@@ -204,10 +207,8 @@ def _share(tensors: Iterable[int], ranks: int) -> int:
     return sum(_ceil(size, ranks) for size in tensors)
 
 
-def _gradients(tensors: list[int], ranks: int, stage: int, low: int, rank: int | None) -> int:
-    """Of a rank, or of the one that has most of them, when all micro-batches have been added up."""
-    if stage in (0, 3):
-        return low * (sum(tensors) if stage == 0 else _share(tensors, ranks))
+def _touched(tensors: list[int], ranks: int, rank: int | None) -> int:
+    """Numbers in the tensors that a rank's part of them all, laid end to end, begins or ends in; None: of the rank with most."""
     edge = _ceil(sum(tensors), ranks)
     starts = [0]
     for size in tensors:
@@ -215,8 +216,8 @@ def _gradients(tensors: list[int], ranks: int, stage: int, low: int, rank: int |
     held = [0] * ranks
     for start, stop in pairwise(starts):
         for owner in range(start // edge, min((stop - 1) // edge, ranks - 1) + 1):
-            held[owner] += stop - max(start, owner * edge)  # whole to its end, though the next rank has the rest as well
-    return low * (max(held) if rank is None else held[rank])
+            held[owner] += stop - start
+    return max(held) if rank is None else held[rank]
 
 
 def _kept(config: Config, shape: Shape, rows: int, tokens: int, cuda: bool):
