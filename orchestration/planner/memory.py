@@ -129,8 +129,8 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
 
 
 def _gradients(tensors: list[int], ranks: int, stage: int, low: int, away: Where, rank: int | None) -> list[Held]:
-    """When they have been added up over micro-batches, of a rank or of the one that has most of them; and, where the optimizer is offloaded,
-    as they are handed over to it."""
+    """When they have been added up over micro-batches (None: of the rank that has most of them); and, where the optimizer is offloaded, as
+    they are handed over to it."""
     share = _share(tensors, ranks)
     added_up = {0: sum(tensors), 1: sum(tensors), 2: _touched(tensors, ranks, rank), 3: share}[stage]
     if away == "device" or stage == 0:

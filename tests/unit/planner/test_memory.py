@@ -13,7 +13,7 @@ from orchestration.planner.shapes import language_model
 
 MEASURED = {  # ZeRO stage, offloaded, ranks: bytes of rank 0 of scale=tiny in fp32 (DeepSpeed 0.19.8, gloo)
     (0, "none", 1): {"parameters": 7871232, "gradients": 7871232, "optimizer": 15742616},
-    (1, "none", 2): {"parameters": 7871232, "gradients": 4326912, "optimizer": 11806852},
+    (1, "none", 2): {"parameters": 7871232, "gradients": 7871232, "optimizer": 11806852},
     (2, "none", 2): {"parameters": 7871232, "gradients": 4326912, "optimizer": 11806852},
     (3, "none", 2): {"parameters": 3942528, "gradients": 3935616, "optimizer": 11806852},
     (3, "cpu", 2): {"parameters": 3942528, "gradients": 7871232, "optimizer": 11806852},
