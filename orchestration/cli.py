@@ -90,8 +90,9 @@ def _plan(words: Sequence[str]) -> None:
     _quiet()
     import json
 
-    from orchestration.planner import machines, show, with_remedies
+    from orchestration.planner import machines, show
     from orchestration.planner.plan import as_dict, plan
+    from orchestration.planner.remedies import with_remedies
     from orchestration.runtime.facts import live_nodes
 
     nodes = live_nodes(config) if config.cluster.name == "live" else machines.described(config.cluster)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from conf.schema import Config
 from orchestration.bundles import Bundle, bundles, training_bundles, unplaced
 from orchestration.errors import RequestError
-from orchestration.planner import plan, with_remedies
 from orchestration.planner.machines import GIB, Node
+from orchestration.planner.plan import plan
+from orchestration.planner.remedies import with_remedies
 from orchestration.runtime.facts import Survey, in_gib, named, offered, survey
 
 TRAINED = ("pretrain", "sft", "reward_model")

@@ -118,3 +118,14 @@ def test_contributing_names_every_package() -> None:
     packages = [folder.parent.name for folder in ROOT.glob("*/__init__.py") if folder.parent.name != "tests"]
     assert sorted(packages) == sorted(PACKAGES)
     assert [name for name in packages if f"`{name}`" not in text] == []
+
+
+HEAVY = ("torch", "transformers", "deepspeed", "hydra")
+
+
+@pytest.mark.parametrize("module", ["orchestration.runtime.rank", "orchestration.runtime.machine"])
+def test_what_runs_on_every_node_starts_without_torch(module: str) -> None:
+    """A rank's empty process, and what looks at a node: a hundred of them would otherwise import gigabytes at once."""
+    show = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

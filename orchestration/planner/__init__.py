@@ -1,6 +1,4 @@
-"""What fits where, before a GPU is spent: `plan.plan` answers, `remedies` says what to change, `show` prints it."""
+"""What fits where, before a GPU is spent: `plan.plan` answers, `remedies` says what to change, `show` prints it.
 
-from orchestration.planner.plan import Plan, plan
-from orchestration.planner.remedies import with_remedies
-
-__all__ = ["Plan", "plan", "with_remedies"]
+Nothing is imported here: `machines` is read on every node of a cluster, which need not pay for torch.
+"""

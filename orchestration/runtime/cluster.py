@@ -141,9 +141,8 @@ class RayRuntime:
             "num_cpus": place.cpus, "num_gpus": place.gpus * (1 if placement.share else place.tensor_parallel),
             "max_restarts": 0, "max_task_retries": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.reserved.group, placement_group_bundle_index=slot.bundle),
-            "runtime_env": {"env_vars": rank_environment(place.threads, interface)},
         }  # fmt: skip
-        return RankActor.options(**options).remote()
+        return RankActor.options(**options).remote(rank_environment(place.threads, interface))
 
     def _build(self, request: RoleRequest) -> Pieces[None]:
         """Tell each process which rank it is."""

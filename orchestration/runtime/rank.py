@@ -22,7 +22,12 @@ class RayRank:
     """Starts empty, says where it is, and is then told which rank it is. Its state can be asked for while a call is running, through a
     thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
+        """Args:
+        environment: variables to set, before anything that reads them is imported. (As Ray's `runtime_env` they would cost every process
+            a second start.)
+        """
+        os.environ.update(environment)
         self.doing = ("", time.time())
         self.role: Any = None
 
@@ -87,7 +92,6 @@ def rank_environment(threads: int, interface: str | None) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # roles share cores: a thread that spins while it waits slows the others nearly tenfold
         "TOKENIZERS_PARALLELISM": "false",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }

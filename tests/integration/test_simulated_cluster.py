@@ -3,19 +3,13 @@ with ranks that import no torch."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import stand_ins
-from conftest import ROOT, wait_until_gone
+from conftest import ray_processes, wait_until_gone
 from ray.cluster_utils import Cluster
 from stand_ins import StandIn
 
@@ -32,7 +26,6 @@ pytestmark = pytest.mark.slow  # four minutes on two busy cores, and not yet rel
 NODES, GPUS, CPUS = 16, 8, 96
 NODES_SECONDS = 300.0
 """For all nodes to start; two busy cores need a while."""
-FORK_SERVER = ROOT / "tests" / "fork_server.py"
 SPLIT = {"policy": 64, "critic": 16, "reference": 8, "reward": 8, "rollout": 4}
 """Ranks of each role; an engine has 8 devices."""
 
@@ -40,7 +33,7 @@ ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not have the t
 
 
 def settings(folder: Path, *words: str) -> Config:
-    chosen = ["experiment=smoke", "scale=175b", f"run_dir={folder}", "ray.address=connected", "preflight=strict", "ppo.batch=128",
+    chosen = ["experiment=smoke", "scale=175b", f"run_dir={folder}", "ray.address=connected", "preflight=strict", "deadlines.start=600", "ppo.batch=128",
               "ppo.minibatches=1", "sft.batch=128", "pretrain.batch=128", "reward_model.batch=128", "evaluate.prompts=128"]  # fmt: skip
     return configuration.load([*chosen, *words])
 
@@ -57,39 +50,29 @@ def colocated(folder: Path, devices: int) -> Config:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """16 nodes, and a driver that is connected to them."""
-    before = {process.pid for process in psutil.process_iter()}
-    with tempfile.TemporaryDirectory(prefix="chatray-") as folder:
-        address = f"{folder}/fork"
-        # The first driver of a cluster has job 1. Ray reads both once per process, so a fork cannot be told later.
-        fixed = {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
-        server = subprocess.Popen(
-            [sys.executable, FORK_SERVER, address], stdout=subprocess.PIPE, env=os.environ | fixed, start_new_session=True
-        )
-        assert server.stdout and server.stdout.readline()
-        changes = {"FORK_SERVER": address, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in changes.items():
-                patch.setenv(name, value)
-            node = {"num_cpus": CPUS, "num_gpus": GPUS, "object_store_memory": 80 << 20, "setup_worker_path": str(FORK_SERVER)}
-            started = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-            try:
-                for _ in range(NODES - 1):
-                    started.add_node(wait=False, **node)
-                started.wait_for_nodes(timeout=NODES_SECONDS)
-                ray.init(address=started.address, log_to_driver=False, logging_level="ERROR", namespace="chatray")
-                yield started
-            finally:
-                ray.shutdown()
-                started.shutdown()
-                os.killpg(server.pid, signal.SIGKILL)  # forks take the server's word for their raylet, and would not miss their own
-                server.wait(timeout=20)
-    left = wait_until_gone(lambda: [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and _of_ray(p)])
+    before = {process.pid for process in ray_processes()}
+    with pytest.MonkeyPatch.context() as patch:
+        changes = {
+            "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0",
+            "RAY_worker_register_timeout_seconds": "300",  # a hundred workers start at once on a machine of few cores
+        }  # fmt: skip
+        for name, value in changes.items():
+            patch.setenv(name, value)
+        # A node's dashboard agent then does no more than it must; each costs a second of a core otherwise.
+        patch.setattr("ray._private.utils.get_dashboard_dependency_error", lambda: ImportError("not wanted here"))
+        node = {"num_cpus": CPUS, "num_gpus": GPUS, "object_store_memory": 80 << 20}
+        started = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+        try:
+            for _ in range(NODES - 1):
+                started.add_node(wait=False, **node)
+            started.wait_for_nodes(timeout=NODES_SECONDS)
+            ray.init(address=started.address, log_to_driver=False, logging_level="ERROR", namespace="chatray")
+            yield started
+        finally:
+            ray.shutdown()
+            started.shutdown()
+    left = wait_until_gone(lambda: [process for process in ray_processes() if process.pid not in before])
     assert not left, left
-
-
-def _of_ray(process: psutil.Process) -> bool:
-    words = " ".join(process.info["cmdline"] or [])
-    return "fork_server.py" in words or (words.startswith("ray::") and process.ppid() == 1 and "fork" in words)
 
 
 def placement_groups() -> list[str]:

@@ -10,8 +10,9 @@ import pytest
 from conf.schema import Config
 from orchestration import cli
 from orchestration import config as configuration
-from orchestration.planner import machines, plan, with_remedies
-from orchestration.planner.plan import as_dict
+from orchestration.planner import machines
+from orchestration.planner.plan import as_dict, plan
+from orchestration.planner.remedies import with_remedies
 from orchestration.planner.show import drawn
 
 COLOCATED = ["placement=colocated", "placement.sleep=true", "cluster=a100x8", "ppo.batch=64", "sft.batch=64", "reward_model.batch=64",
