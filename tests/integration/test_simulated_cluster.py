@@ -33,8 +33,9 @@ ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not have the t
 
 
 def settings(folder: Path, *words: str) -> Config:
-    chosen = ["experiment=smoke", "scale=175b", f"run_dir={folder}", "ray.address=connected", "preflight=strict", "deadlines.start=600", "ppo.batch=128",
-              "ppo.minibatches=1", "sft.batch=128", "pretrain.batch=128", "reward_model.batch=128", "evaluate.prompts=128"]  # fmt: skip
+    chosen = ["experiment=smoke", "scale=175b", f"run_dir={folder}", "ray.address=connected", "preflight=strict", "deadlines.start=600",
+              "ppo.batch=128", "ppo.minibatches=1", "sft.batch=128", "pretrain.batch=128", "reward_model.batch=128",
+              "evaluate.prompts=128"]  # fmt: skip
     return configuration.load([*chosen, *words])
 
 
