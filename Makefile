@@ -8,11 +8,8 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 SEED ?= 0
-# Processes at once in benchmarks and mutation runs, a core each.
+# Processes at once in tests, benchmarks and mutation runs, a core each.
 JOBS ?= 2
-# Tests of single processes are run several at once; those that start a Ray cluster, and look whether it is gone, one after the other.
-WITHOUT_RAY := tests/unit tests/invariant tests/test_architecture.py tests/test_configs.py tests/test_readme.py
-WITH_RAY := tests/chaos tests/contract tests/integration tests/gpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help install install-dev quickstart test test-full lint bench-recipe bench-preferences bench-learning bench-overoptimisation \
@@ -41,8 +38,7 @@ quickstart: install ## Run the whole recipe on the embedded data and show the re
 
 test: install-dev ## Lint, then the tests (under 15 minutes)
 	$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile $(WITHOUT_RAY)
-	$(BIN)/python -m pytest -m 'not slow' $(WITH_RAY)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile
 
 test-full: install-dev ## Every test, the long matrix too
 	$(MAKE) --no-print-directory lint

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "chatray"
 LIMIT_SECONDS = 400
 
+MARK = "CHATRAY_TESTS"
+os.environ[MARK] = str(os.getpid())  # whatever these tests start inherits it; other tests may run beside them
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,11 +78,12 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
 
 def ray_processes() -> list[psutil.Process]:
-    """Ray's daemons and workers on this machine that belong to nobody or to us."""
+    """Ray's daemons and workers on this machine that these tests started."""
     found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
+    for process in psutil.process_iter(["cmdline", "environ"]):
         words = " ".join(process.info["cmdline"] or [])
-        if "raylet/raylet" in words or "gcs_server" in words or words.startswith("ray::"):
+        ours = (process.info["environ"] or {}).get(MARK) == os.environ[MARK]
+        if ours and ("raylet/raylet" in words or "gcs_server" in words or words.startswith("ray::")):
             found.append(process)
     return found
 

@@ -129,11 +129,10 @@ def _rank(rank: int, ranks: int, cell: list[str], folder: str) -> None:
 
     def backward(last: bool) -> int:
         saved: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: _noted(x, saved), lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: _noted(x, saved, engine), lambda x: x):
             logprobs, _ = engine(tokens, mask)
-        own = {_address(x) for x in _parameters(engine) if x is not None}
         engine.backward(-logprobs.sum() / mask.sum(), last=last)
-        return sum(size for address, size in saved.items() if address not in own)
+        return sum(saved.values())
 
     for _ in range(2):  # two steps of two micro-batches; what counts is the second
         activations = backward(last=False)
@@ -238,8 +237,11 @@ def _address(tensor: Any) -> int:
     return int(tensor.untyped_storage().data_ptr())
 
 
-def _noted(tensor: Any, saved: dict[int, int]) -> Any:
-    saved[_address(tensor)] = tensor.untyped_storage().nbytes()
+def _noted(tensor: Any, saved: dict[int, int], engine: Any) -> Any:
+    """Note what autograd keeps, weights left out: under ZeRO-3 those are whole at this moment and gone by the end of the pass."""
+    weights = {_address(x) for x in _parameters(engine) if x is not None}
+    if _address(tensor) not in weights:
+        saved[_address(tensor)] = tensor.untyped_storage().nbytes()
     return tensor
 
 

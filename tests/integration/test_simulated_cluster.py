@@ -22,7 +22,6 @@ from orchestration.runtime.cluster import RayRuntime
 from orchestration.runtime.group import RoleRequest
 from orchestration.runtime.reservation import reserve
 
-pytestmark = pytest.mark.slow  # four minutes on two busy cores, and not yet reliable there: forked workers end as they are asked
 NODES, GPUS, CPUS = 16, 8, 96
 NODES_SECONDS = 300.0
 """For all nodes to start; two busy cores need a while."""
