@@ -31,7 +31,7 @@ def prepare(folder: Path, scale: str) -> None:
     """A language model, a reward model and a file of prompts."""
     if (folder / "prompts.jsonl").exists():
         return
-    config = configuration.load(["experiment=quickstart", f"scale={scale}"])
+    config = configuration.load([f"scale={scale}"])
     dialogues = scenarios.demonstrations(200, 0, config.data.flaws)  # type: ignore[union-attr]
     chat = Chat(learn_tokenizer(dialogues, 1024))
     lm = new_causal_lm(config.scale, config.scale.vocabulary, 0, 0.0, chat.end, chat.pad)
@@ -77,7 +77,7 @@ def main() -> None:
         for name in (f"ranks={wanted.ranks}", "threads=1")
     ]
     words = [
-        "experiment=smoke", f"scale={wanted.scale}", "data=instructions", "labeler=recorded", "stage=ppo", "checks=warn",
+        f"scale={wanted.scale}", "data=instructions", "labeler=recorded", "stage=ppo", "checks=warn",
         f"data.mix=[{{format: messages, path: {folder}/prompts.jsonl}}]", "data.heldout=2",
         f"run_dir={run}", f"policy_checkpoint={folder}/lm", f"reward_checkpoint={folder}/rm", "model.dtype=fp32",
         "engine.zero_stage=3", "engine.micro_batch=2", "ppo.steps=1", f"ppo.batch={PROMPTS}", f"ppo.max_new_tokens={REPLY}",
