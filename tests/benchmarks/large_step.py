@@ -5,7 +5,8 @@
 
 Policy, critic, reference and reward are of the named scale, with random weights and its whole vocabulary, under ZeRO-3 over as many ranks;
 16 prompts of 64 tokens are answered by 64 tokens each (random weights hardly ever end a reply). It is the real command line on real Ray.
-The memory is that of all processes together, pages that several share counted once (`PeakMemory`).
+The memory is that of all processes together, pages that several share counted once (`PeakMemory`). The preflight is told to go on: it plans
+for sequences as long as the model's context, 2048 tokens.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main() -> None:
         f"run_dir={run}", f"policy_checkpoint={folder}/lm", f"reward_checkpoint={folder}/rm", "model.dtype=fp32",
         "engine.zero_stage=3", "engine.micro_batch=2", "ppo.steps=1", f"ppo.batch={PROMPTS}", f"ppo.max_new_tokens={REPLY}",
         "ppo.minibatches=1", "ppo.missing_end_penalty=0", "deadlines.start=900", "deadlines.step=900", "logging.progress=false",
-        "ray.object_store_mb=1024", "commit.every=1000", *ranks, *wanted.settings,
+        "ray.object_store_mb=1024", "commit.every=1000", "preflight=warn", *ranks, *wanted.settings,
     ]  # fmt: skip
     began = time.perf_counter()
     runs.chatray(words, folder / "log.txt")
