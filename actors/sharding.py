@@ -56,7 +56,7 @@ class Buckets:
     live: int
     """Parameters gathered at once, beyond which none is prefetched (ZeRO-3)."""
     optimizer: int
-    """Parameters of one rank that are stepped together when optimizer states are in files."""
+    """Parameters of one rank that are stepped together (ZeRO-3); the step computes with so many numbers in fp32 at once."""
 
 
 def buckets(parameters: Sequence[int], trained: Sequence[int]) -> Buckets:
@@ -68,8 +68,9 @@ def buckets(parameters: Sequence[int], trained: Sequence[int]) -> Buckets:
     """
     largest = max(parameters, default=1)
     step = max(largest, SMALLEST_BUCKET)
+    ahead = max(largest // 8, SMALLEST_BUCKET)  # at least the next parameter is always fetched, and the embedding is far larger than most
     everything, learned = max(sum(parameters), 1), max(sum(trained), 1)
-    return Buckets(reduce=min(learned, step), prefetch=min(everything, step), live=min(everything, 2 * step), optimizer=step)
+    return Buckets(reduce=min(learned, step), prefetch=min(everything, ahead), live=min(everything, step + ahead), optimizer=step)
 
 
 def settings(sharding: Sharding, optimizer: Optimizer | None, sizes: Buckets, bf16: bool, largest_share: int) -> dict[str, Any]:
@@ -105,13 +106,12 @@ def _zero(sharding: Sharding, trains: bool, sizes: Buckets, largest_share: int) 
     zero |= {
         "stage3_prefetch_bucket_size": sizes.prefetch,
         "stage3_max_live_parameters": sizes.live,
-        "stage3_max_reuse_distance": sizes.live,
+        "stage3_max_reuse_distance": sizes.prefetch,  # what is needed again later than that is given back
         "stage3_param_persistence_threshold": PERSISTENT,
+        "sub_group_size": sizes.optimizer,
     }
     if sharding.offload_parameters != "none":
         zero["offload_param"] = {"device": sharding.offload_parameters, **files}
         if sharding.offload_parameters == "nvme":
             zero["offload_param"] |= {"buffer_size": largest_share, "buffer_count": NVME_BUFFERS, "max_in_cpu": 0}
-    if "nvme" in (sharding.offload_optimizer, sharding.offload_parameters):
-        zero["sub_group_size"] = sizes.optimizer
     return zero

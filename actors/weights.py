@@ -6,8 +6,6 @@ rank 0 alone is given the tensor, so that nobody holds more than it is working o
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 
 from actors import lora
 from actors.checkpoint import INDEX, SINGLE
+from actors.memory import give_back_freed_memory
 
 Gather = Callable[[str], Tensor | None]
 """The module's own name of a parameter or buffer -> the whole tensor on the CPU; None on ranks other than 0."""
@@ -144,13 +143,6 @@ def save_tensors(weights: Mapping[str, Weight], gather: Gather, file: Path | Non
             out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del tensor
             give_back_freed_memory()
-
-
-def give_back_freed_memory() -> None:
-    """Let the C library return what was freed. It keeps blocks of up to 32 MB for itself once it has seen some, and tensors of many sizes
-    one after another then leave holes in which a whole model was measured to pile up."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no such call
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _header(weights: Mapping[str, Weight], metadata: Mapping[str, str]) -> bytes:

@@ -34,8 +34,6 @@ from orchestration.planner.shapes import Shape, activations, language_model, sca
 KINDS = ("parameters", "gradients", "optimizer", "activations", "kv_cache", "communication", "workspace", "runtime")
 Where = Literal["device", "host", "nvme", "disk"]
 
-SUB_GROUP = 1_000_000_000
-"""ZeRO-3: numbers that the optimizer updates at once (DeepSpeed's default `sub_group_size`)."""
 PROCESS = int(0.7 * GIB)
 """Private memory of a rank's process with torch, transformers and DeepSpeed loaded, in host memory."""
 CONTEXT = int(0.8 * GIB)
@@ -112,7 +110,8 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
     share = _share(tensors, ranks) if stage else sum(tensors)
     offloaded = config.offload_optimizer() if stage else "none"
     away: Where = {"none": "device", "cpu": "host", "nvme": "nvme" if stage == 3 else "host"}[offloaded]  # type: ignore[assignment]
-    bucket = buckets(shape.tensors, tensors).reduce * low if stage else 0
+    sizes = buckets(shape.tensors, tensors)
+    bucket = sizes.reduce * low if stage else 0
     masters = 12 * share if stage or low == 2 else 8 * share
     parts = [
         *_parameters(config, shape, ranks, low),
@@ -120,7 +119,7 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
         *_gradients(tensors, ranks, stage, low, away if away != "nvme" else "host", rank),
         Held("communication", "device", bucket),
         *_passes(config, shape, batch, cuda),
-        *_step(stage, share, offloaded, max(tensors, default=0), low),
+        *_step(stage, share, offloaded, max(tensors, default=0), low, sizes.optimizer),
         *_process(config, shape, ranks, cuda),
         *([Held("to go back to", "host", 2 * 4 * share)] if role == "policy" else []),
         Held("state", "disk", (config.commit.keep + 1) * (masters + _ceil(shape.parameters, ranks) * low)),
@@ -139,9 +138,9 @@ def _gradients(tensors: list[int], ranks: int, stage: int, low: int, away: Where
     return [Held("gradients", where, added_up * (4 if stage == 2 else low)), Held("gradients", away, share * 4)]
 
 
-def _step(stage: int, share: int, offloaded: str, largest: int, low: int) -> list[Held]:
+def _step(stage: int, share: int, offloaded: str, largest: int, low: int, together: int) -> list[Held]:
     """Gradients in fp32 and AdamW's temporaries, of what is updated at once; of an offloaded optimizer, buffers to hand it over."""
-    at_once = min(share, SUB_GROUP) if stage == 3 else share
+    at_once = min(share, together) if stage == 3 else share
     if offloaded == "none":
         return [Held("workspace", "device", at_once * (4 if stage == 0 else 8))]
     # ZeRO 1 and 2 pass gradients through two buffers of the largest tensor's size, and new weights back through one of the share's
@@ -248,11 +247,10 @@ def _logits(shape: Shape, positions: int, learns: bool) -> int:
 
 
 def _gathered(config: Config, shape: Shape, low: int) -> int:
-    """Whole layers that ZeRO-3 holds at once: the embedding, and blocks as far as they are kept or fetched ahead."""
+    """Whole layers that ZeRO-3 holds at once: the largest, and those at work or fetched ahead."""
     if config.zero_stage() < 3:
         return 0
-    sizes = buckets(shape.tensors, shape.tensors)
-    return min(shape.parameters, max(shape.tensors) + max(shape.block, sizes.live) + sizes.prefetch) * low
+    return min(shape.parameters, buckets(shape.tensors, shape.tensors).live + shape.block) * low
 
 
 def _process(config: Config, shape: Shape, ranks: int, cuda: bool) -> list[Held]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.memory import give_back_freed_memory, share_arenas
 from actors.rank import RankSpec
 from conf.schema import Config
 
@@ -28,6 +29,7 @@ class RayRank:
             a second start.)
         """
         os.environ.update(environment)
+        share_arenas()
         self.doing = ("", time.time())
         self.role: Any = None
 
@@ -65,6 +67,7 @@ class RayRank:
             result = getattr(self.role, method)(*arguments, **common, **dict(zip(held, rest, strict=True)))
             return (None, *result) if isinstance(result, list) else (None, result)
         finally:
+            give_back_freed_memory()  # other roles on this machine need it for their own passes
             self.doing = ("", time.time())
 
     def open_store(self) -> tuple[str, int]:
