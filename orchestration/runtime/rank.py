@@ -94,6 +94,7 @@ def rank_environment(threads: int, interface: str | None) -> dict[str, str]:
     return network | {
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # roles share cores: a thread that spins while it waits slows the others nearly tenfold
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch's large tensors get pages of their own, which go back when they are freed
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
