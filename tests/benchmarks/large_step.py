@@ -82,7 +82,8 @@ def main() -> None:
         f"data.mix=[{{format: messages, path: {folder}/prompts.jsonl}}]", "data.heldout=2",
         f"run_dir={run}", f"policy_checkpoint={folder}/lm", f"reward_checkpoint={folder}/rm", "model.dtype=fp32",
         "engine.zero_stage=3", "engine.micro_batch=2", "ppo.steps=1", f"ppo.batch={PROMPTS}", f"ppo.max_new_tokens={REPLY}",
-        "ppo.minibatches=1", "ppo.epochs=1", "ppo.judge.every=0", "ppo.missing_end_penalty=0", "deadlines.start=900", "deadlines.step=900", "logging.progress=false",
+        "ppo.minibatches=1", "ppo.epochs=1",
+        "ppo.judge.every=0", "ppo.missing_end_penalty=0", "deadlines.start=900", "deadlines.step=900", "logging.progress=false",
         "ray.object_store_mb=1024", "commit.every=1000", "preflight=warn", "placement.rollout.ranks=1", *ranks, *wanted.settings,
     ]  # fmt: skip
     began = time.perf_counter()
