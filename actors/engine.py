@@ -124,7 +124,11 @@ class Engine:
         self._check_awake()
         context = torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with context:
-            return (self.deepspeed or self.module)(*args, **kwargs)
+            found = (self.deepspeed or self.module)(*args, **kwargs)
+        if self.deepspeed is not None and self.zero_stage == 3 and not torch.is_grad_enabled():
+            # DeepSpeed has fetched ahead for a backward pass that does not come; whoever gathers a weight next would find it in flight
+            self.deepspeed.optimizer.empty_partition_cache()
+        return found
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add this micro-batch's gradients; `last` before `step` lets ranks exchange theirs."""
