@@ -68,8 +68,9 @@ def buckets(parameters: Sequence[int], trained: Sequence[int]) -> Buckets:
     """
     largest = max(parameters, default=1)
     step = max(largest, SMALLEST_BUCKET)
+    ahead = max(largest // 8, SMALLEST_BUCKET)  # at least the next parameter is fetched, and the largest is often the embedding alone
     everything, learned = max(sum(parameters), 1), max(sum(trained), 1)
-    return Buckets(reduce=min(learned, step), prefetch=min(everything, step), live=min(everything, 2 * step), optimizer=step)
+    return Buckets(reduce=min(learned, step), prefetch=min(everything, ahead), live=min(everything, step + ahead), optimizer=step)
 
 
 def settings(sharding: Sharding, optimizer: Optimizer | None, sizes: Buckets, bf16: bool, largest_share: int) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _zero(sharding: Sharding, trains: bool, sizes: Buckets, largest_share: int) 
     zero |= {
         "stage3_prefetch_bucket_size": sizes.prefetch,
         "stage3_max_live_parameters": sizes.live,
-        "stage3_max_reuse_distance": sizes.live,  # less, and a tied weight can be given back while it is fetched again, which fails
+        "stage3_max_reuse_distance": sizes.prefetch,  # what is needed again later than that is given back
         "stage3_param_persistence_threshold": PERSISTENT,
         "sub_group_size": sizes.optimizer,
     }

@@ -250,8 +250,7 @@ def _gathered(config: Config, shape: Shape, low: int) -> int:
     """Whole layers that ZeRO-3 holds at once: the largest, and those at work or fetched ahead."""
     if config.zero_stage() < 3:
         return 0
-    sizes = buckets(shape.tensors, shape.tensors)
-    return min(shape.parameters, sizes.live + sizes.prefetch + shape.block) * low
+    return min(shape.parameters, buckets(shape.tensors, shape.tensors).live + shape.block) * low
 
 
 def _process(config: Config, shape: Shape, ranks: int, cuda: bool) -> list[Held]:
