@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ class RayRank:
         """
         os.environ.update(environment)
         share_arenas()
+        # transformers would import it, and with it scipy and pandas, for a function that no rank uses: 100 MB and a second each
+        sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
         self.doing = ("", time.time())
         self.role: Any = None
 
@@ -46,6 +49,8 @@ class RayRank:
             devices: numbers of all devices it works on, where they are more than Ray gave to this process; otherwise empty.
         """
         self.doing = ("build", time.time())
+        if sys.modules.get("sklearn", self) is None:  # transformers is here now; a reward function of the user's may want it
+            del sys.modules["sklearn"]
         if devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
         self.role = role(config, checkpoint, spec)
