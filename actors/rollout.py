@@ -1,4 +1,4 @@
-"""The rollout role: it samples replies with the engine that is configured, from the weights that it was sent last."""
+"""The rollout role: it samples replies with an engine, from the weights that it was sent last."""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
 
 def ray_processes() -> list[psutil.Process]:
-    """Ray's daemons and workers on this machine that these tests started."""
+    """Ray's daemons and workers on this machine that these tests started. Ray's two small agents of a node hide their environment and are
+    not among them; they end with their raylet."""
     found = []
     for process in psutil.process_iter(["cmdline", "environ"]):
         words = " ".join(process.info["cmdline"] or [])

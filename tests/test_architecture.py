@@ -129,3 +129,13 @@ def test_what_runs_on_every_node_starts_without_torch(module: str) -> None:
     show = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_rank_starts_without_sklearn_and_can_import_it_once_it_is_built() -> None:
+    """transformers would import it for every rank; a reward function of the user's may need it."""
+    show = (
+        "import sys; from orchestration.runtime.rank import RayRank; rank = RayRank({}); hidden = sys.modules['sklearn'] is None; "
+        "rank.build(lambda *_: None, None, '', None, []); import sklearn; print(hidden, sklearn.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "sklearn"]
