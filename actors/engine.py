@@ -76,7 +76,7 @@ class Engine:
         sizes = [p.numel() for p in self.module.parameters()]
         trained = [p.numel() for p in self.module.parameters() if p.requires_grad]
         share = -(-max(sizes, default=1) // self.world_size)
-        return settings(sharding, optimizer, buckets(sizes, trained), bf16, share)
+        return settings(sharding, optimizer, buckets(sizes, trained, self.world_size), bf16, share)
 
     def _with_folder(self, sharding: Sharding) -> Sharding:
         """With a folder of its own below `nvme_path`, that goes when the engine does: roles on one node must not share files."""

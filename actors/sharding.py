@@ -59,8 +59,8 @@ class Buckets:
     """Parameters of one rank that are stepped together (ZeRO-3); the step computes with so many numbers in fp32 at once."""
 
 
-def buckets(parameters: Sequence[int], trained: Sequence[int]) -> Buckets:
-    """Bucket sizes for a model: the largest parameter sets the scale, since it is moved as one.
+def buckets(parameters: Sequence[int], trained: Sequence[int], ranks: int) -> Buckets:
+    """Bucket sizes for a model: the largest parameter sets the scale, since it is moved as one, and a rank's part of it stepped as one.
 
     Args:
         parameters: elements of each parameter.
@@ -70,7 +70,8 @@ def buckets(parameters: Sequence[int], trained: Sequence[int]) -> Buckets:
     step = max(largest, SMALLEST_BUCKET)
     ahead = max(largest // 8, SMALLEST_BUCKET)  # at least the next parameter is fetched, and the largest is often the embedding alone
     everything, learned = max(sum(parameters), 1), max(sum(trained), 1)
-    return Buckets(reduce=min(learned, step), prefetch=min(everything, ahead), live=min(everything, step + ahead), optimizer=step)
+    together = max(-(-largest // ranks), SMALLEST_BUCKET)
+    return Buckets(reduce=min(learned, step), prefetch=min(everything, ahead), live=min(everything, step + ahead), optimizer=together)
 
 
 def settings(sharding: Sharding, optimizer: Optimizer | None, sizes: Buckets, bf16: bool, largest_share: int) -> dict[str, Any]:

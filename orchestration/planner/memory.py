@@ -110,7 +110,7 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
     share = _share(tensors, ranks) if stage else sum(tensors)
     offloaded = config.offload_optimizer() if stage else "none"
     away: Where = {"none": "device", "cpu": "host", "nvme": "nvme" if stage == 3 else "host"}[offloaded]  # type: ignore[assignment]
-    sizes = buckets(shape.tensors, tensors)
+    sizes = buckets(shape.tensors, tensors, ranks)
     bucket = sizes.reduce * low if stage else 0
     masters = 12 * share if stage or low == 2 else 8 * share
     parts = [
@@ -250,7 +250,7 @@ def _gathered(config: Config, shape: Shape, low: int) -> int:
     """Whole layers that ZeRO-3 holds at once: the largest, and those at work or fetched ahead."""
     if config.zero_stage() < 3:
         return 0
-    return min(shape.parameters, buckets(shape.tensors, shape.tensors).live + shape.block) * low
+    return min(shape.parameters, buckets(shape.tensors, shape.tensors, 1).live + shape.block) * low
 
 
 def _process(config: Config, shape: Shape, ranks: int, cuda: bool) -> list[Held]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from actors.worker import Worker
 from conf.schema import Config
 from orchestration.bundles import bundles
 from orchestration.errors import RunError
+from orchestration.runtime.connection import connect
 from orchestration.runtime.dispatch import Pieces, shares
 from orchestration.runtime.group import Group, RoleRequest
 from orchestration.runtime.rank import RankActor, rank_environment
@@ -245,36 +244,6 @@ def _answer(ref: Any) -> str:
         return ray.get(ref)
     except ray.exceptions.RayError as dead:
         return f"dead ({type(dead).__name__})"
-
-
-def connect(config: Config, scratch: str) -> bool:
-    """Connect to the configured cluster or start one of this machine, with its files in `scratch`; True when it was started (and is
-    ours to stop).
-
-    Raises:
-        RunError: the cluster cannot be reached.
-    """
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own listens on loopback only
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray puts the driver's working directory first on every worker's path, where a folder of the user's named `conf` or `actors` would
-    # hide ours. The run directory holds neither.
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    os.chdir(config.run_dir)
-    try:
-        if config.ray.address:
-            ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR, namespace="chatray")
-            return False
-        ray.init(
-            log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, namespace="chatray",
-            object_store_memory=config.ray.object_store_mb << 20, _node_ip_address="127.0.0.1", _temp_dir=scratch,
-            _system_config={"prestart_worker_first_driver": False},  # idle workers would only hold memory
-        )  # fmt: skip
-        return True
-    except (ConnectionError, RuntimeError, ValueError) as cause:
-        raise RunError(f"ray.address={config.ray.address}: no Ray cluster there ({' '.join(str(cause).split())[:200]})") from cause
 
 
 def interface_of(config: Config, own_cluster: bool) -> str | None:

@@ -200,7 +200,7 @@ def test_a_sleeping_engine_may_not_be_used_and_wakes_as_it_was(stage: int) -> No
 
 
 def test_buckets_follow_from_the_model_and_hold_its_largest_parameter() -> None:
-    sizes = buckets([3_000_000, 50_000_000, 10], [3_000_000])
-    assert (sizes.reduce, sizes.prefetch, sizes.live) == (3_000_000, 6_250_000, 53_000_010)
-    small = buckets([10, 20], [])
+    sizes = buckets([3_000_000, 50_000_000, 10], [3_000_000], ranks=4)
+    assert (sizes.reduce, sizes.prefetch, sizes.live, sizes.optimizer) == (3_000_000, 6_250_000, 53_000_010, 12_500_000)
+    small = buckets([10, 20], [], ranks=2)
     assert (small.reduce, small.prefetch, small.live) == (1, 30, 30)
