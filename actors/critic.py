@@ -23,7 +23,7 @@ class Critic(Worker):
     def load(self) -> None:
         ppo = self.config.ppo
         optimizer = Optimizer(ppo.critic_lr, ppo.weight_decay, ppo.max_grad_norm, ppo.adam_epsilon)
-        model = lora.adapted(self.config, "critic", scalar_model(self.config, "critic", self.checkpoint))
+        model = lora.adapted(self.config, "critic", scalar_model(self.config, self.checkpoint))
         self.engine = make_engine(self.config, model, optimizer)
         self.engine.train(False)
 

@@ -47,7 +47,7 @@ class LanguageTask:
         return getattr(self.config, self.section)
 
     def module(self) -> torch.nn.Module:
-        return lora.adapted(self.config, self.section, language_model(self.config, self.section, self.checkpoint, self.settings.dropout))
+        return lora.adapted(self.config, self.section, language_model(self.config, self.checkpoint, self.settings.dropout))
 
     def batch(self, step: int, rank: int, ranks: int) -> Batch:
         """Every `ranks`-th row of the step's batch; which rows those are depends on the seed and the step alone."""

@@ -43,13 +43,25 @@ def _insert(transformer: nn.Module, lora: LoRA, seed: int) -> None:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,  # type: ignore[arg-type]  # a fraction is as good
         target_modules=list(lora.targets) or "all-linear",
     )  # fmt: skip
+    try:
+        with torch.random.fork_rng(devices=[]):
+            inject_adapter_in_model(settings, transformer, adapter_name=ADAPTER)  # freezes all but the adapters
+    except ValueError as cause:
+        raise ValueError(f"lora.targets={list(lora.targets)}: {cause}; name linear layers of {_linear_names(transformer)}") from cause
+    _check(transformer, lora)
+    _draw(transformer, seed)
+
+
+def _draw(transformer: nn.Module, seed: int) -> None:
+    """Adapters' first weights, the same whether the base layers have storage or not (peft puts adapters where base weights are, which of
+    a model that the engine will fill is nowhere)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(settings, transformer, adapter_name=ADAPTER)  # freezes all but the adapters
-        except ValueError as cause:
-            raise ValueError(f"lora.targets={list(lora.targets)}: {cause}; name linear layers of {_linear_names(transformer)}") from cause
-    _check(transformer, lora)
+        for layer in adapters(transformer).values():
+            for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+                if part.weight.is_meta:
+                    part.to_empty(device="cpu")
+            layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
 
 def _check(transformer: nn.Module, lora: LoRA) -> None:

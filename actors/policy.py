@@ -52,7 +52,7 @@ class Policy(Worker):
     def load(self) -> None:
         ppo = self.config.ppo
         optimizer = Optimizer(ppo.lr, ppo.weight_decay, ppo.max_grad_norm, ppo.adam_epsilon)
-        model = lora.adapted(self.config, "policy", language_model(self.config, "policy", self.checkpoint))
+        model = lora.adapted(self.config, "policy", language_model(self.config, self.checkpoint))
         self.engine = make_engine(self.config, model, optimizer)
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
         self.plain = plain_weights(self.engine.module)

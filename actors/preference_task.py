@@ -64,7 +64,7 @@ class PreferenceTask:
         return self.config.reward_model
 
     def module(self) -> torch.nn.Module:
-        unfilled = filled_by_engine(self.config, "reward_model")
+        unfilled = filled_by_engine(self.config)
         if self.settings.features == ("last",) and self.settings.train == "all":
             return lora.adapted(self.config, "reward_model", load_scalar_model(self.checkpoint, self.config.seed, unfilled))
         model = FeatureModel(load_causal_lm(self.checkpoint, unfilled=unfilled), self.settings.features)

@@ -16,7 +16,7 @@ class Reference(Worker):
     """One rank of the reference."""
 
     def load(self) -> None:
-        self.engine = make_engine(self.config, language_model(self.config, "reference", self.checkpoint), None)
+        self.engine = make_engine(self.config, language_model(self.config, self.checkpoint), None)
 
     @torch.no_grad()
     def logprobs(self, pieces: Sequence[Rollouts | Dialogues], temperature: float) -> list[Tensor]:

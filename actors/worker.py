@@ -103,18 +103,17 @@ def sharding(config: Config) -> Sharding:
     )  # fmt: skip
 
 
-def filled_by_engine(config: Config, role: str) -> bool:
-    """Whether a role's model is made without storage, for the engine to give each rank its part of it. Adapters are put into models that
-    are there, so a model trained by them is loaded whole and partitioned then."""
-    return config.zero_stage() == 3 and not config.lora.trains(role)
+def filled_by_engine(config: Config) -> bool:
+    """Whether models are made without storage, for the engine to give each rank its part of them."""
+    return config.zero_stage() == 3
 
 
-def language_model(config: Config, role: str, checkpoint: str, dropout: float = 0.0) -> LanguageModel:
-    return LanguageModel(load_causal_lm(checkpoint, dropout, filled_by_engine(config, role)))
+def language_model(config: Config, checkpoint: str, dropout: float = 0.0) -> LanguageModel:
+    return LanguageModel(load_causal_lm(checkpoint, dropout, filled_by_engine(config)))
 
 
-def scalar_model(config: Config, role: str, checkpoint: str) -> ScalarModel:
-    return load_scalar_model(checkpoint, config.seed, filled_by_engine(config, role))
+def scalar_model(config: Config, checkpoint: str) -> ScalarModel:
+    return load_scalar_model(checkpoint, config.seed, filled_by_engine(config))
 
 
 def export(config: Config, engine: Engine, folder: Path) -> None:

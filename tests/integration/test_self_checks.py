@@ -111,7 +111,7 @@ def dropout_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
         whole(self)
         from actors.sharding import Optimizer
 
-        self.engine = make_engine(self.config, language_model(self.config, "policy", self.checkpoint, 0.5), Optimizer(1e-2, 0.0, 1.0))
+        self.engine = make_engine(self.config, language_model(self.config, self.checkpoint, 0.5), Optimizer(1e-2, 0.0, 1.0))
         self.engine.train(True)
 
     monkeypatch.setattr(Policy, "load", load)

@@ -67,9 +67,9 @@ def work(rank: int, ranks: int, stage: int, folder: str) -> dict[str, Any]:
     for kind in SHAPES:
         of = config(stage)
         for name, module in {
-            "lm": language_model(of, "policy", f"{folder}/{kind}"),
-            "fresh head": scalar_model(of, "critic", f"{folder}/{kind}"),
-            "saved head": scalar_model(of, "critic", f"{folder}/{kind}-scalar"),
+            "lm": language_model(of, f"{folder}/{kind}"),
+            "fresh head": scalar_model(of, f"{folder}/{kind}"),
+            "saved head": scalar_model(of, f"{folder}/{kind}-scalar"),
         }.items():
             found[f"{kind} {name}"] = gathered(Engine(module, None, Sharding(stage)))
     for way, settings in WAYS.items():

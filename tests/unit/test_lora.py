@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from actors import lora
-from actors.models import LanguageModel, ScalarModel, save_model
+from actors.models import LanguageModel, ScalarModel, load_causal_lm, save_model
 from actors.weights import gather_from, plain_weights
 from conf.schema import Config
-from tests.fakes import VOCABULARY, sequences, smoke, tiny_lm
+from tests.fakes import VOCABULARY, saved_lm, sequences, smoke, tiny_lm
 
 RANK, ALPHA = 3, 6.0
 
@@ -168,3 +168,15 @@ def test_the_policy_is_its_own_reference_only_with_adapters() -> None:
     assert config().policy_is_reference()
     assert not config("lora.roles=[critic]").policy_is_reference()
     assert not dataclasses.replace(config(), lora=smoke().lora).policy_is_reference()
+
+
+def test_adapters_of_a_model_without_storage_are_those_of_one_that_has_it(tmp_path: Path) -> None:
+    of = smoke("lora.rank=3", "engine.zero_stage=3")
+    path = saved_lm(tmp_path)
+    whole, unfilled = (lora.adapted(of, "policy", LanguageModel(load_causal_lm(path, unfilled=wanted))) for wanted in (False, True))
+    there = dict(whole.named_parameters())
+    for name, parameter in unfilled.named_parameters():
+        if ".lora_" in name:
+            assert torch.equal(parameter, there[name])
+        else:
+            assert parameter.is_meta and torch.equal(parameter.stored.whole(), there[name])
