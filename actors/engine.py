@@ -101,7 +101,8 @@ class Engine:
                     places.setdefault(id(parameter), []).append((module, name))
         if not empty:
             return
-        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=chosen, dtype=dtype)
+        # no dtype=: where fp16 is not supported, DeepSpeed 0.19 takes any that is given for bf16, and NVMe buffers would round the weights
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=chosen)
         for key, parameter in empty.items():
             filled = self._filled(parameter, dtype)
             init._convert_to_deepspeed_param(filled)  # the public way would send every whole parameter from rank 0

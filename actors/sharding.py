@@ -16,6 +16,7 @@ PERSISTENT = 10_000
 SMALLEST_BUCKET = 1_000_000
 """Elements; smaller messages between ranks would be all latency."""
 NVME_BUFFERS = 5
+"""Parameters, each of up to the largest one's size, that are between their files and the device at once."""
 
 Place = Literal["none", "cpu", "nvme"]
 
@@ -115,4 +116,6 @@ def _zero(sharding: Sharding, trains: bool, sizes: Buckets, largest_share: int) 
         zero["offload_param"] = {"device": sharding.offload_parameters, **files}
         if sharding.offload_parameters == "nvme":
             zero["offload_param"] |= {"buffer_size": largest_share, "buffer_count": NVME_BUFFERS, "max_in_cpu": 0}
+            # each gathered parameter occupies a buffer: what is fetched ahead or kept for later would use them up
+            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
     return zero

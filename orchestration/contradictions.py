@@ -163,11 +163,6 @@ def _offloading(config: Config) -> Iterable[str]:
             )
         if place == "nvme" and engine.nvme_path is None:
             yield f"engine.{name}=nvme: engine.nvme_path=null names no folder for its files; name one on a fast local disk of every node"
-    if wanted["offload_parameters"] == "nvme":
-        yield (
-            "engine.offload_parameters=nvme: DeepSpeed 0.19 learned other weights with it than without (5e-3 apart after three steps, "
-            "BENCHMARKS.md); use cpu, or engine.offload_optimizer=nvme, which moves the larger part"
-        )
 
 
 def _features(config: Config) -> Iterable[str]:
