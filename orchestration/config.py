@@ -33,13 +33,14 @@ FOLDER = Path(conf.__file__).resolve().parent
 ALIASES = {"from": "rerun_from"}
 
 
-def load(overrides: Sequence[str], working_directory: Path | None = None, reads_data: bool = True) -> Config:
+def load(overrides: Sequence[str], working_directory: Path | None = None, reads_data: bool = True, consistent: bool = True) -> Config:
     """The configuration that the overrides ask for, checked.
 
     Args:
         overrides: in Hydra's grammar, e.g. `experiment=quickstart ppo.lr=1e-4`.
         working_directory: what relative paths start from; the current one by default.
         reads_data: whether files of `data` must be there.
+        consistent: whether what the settings add up to is checked too.
 
     Raises:
         RequestError: with every mistake found in the overrides, the types and what they add up to.
@@ -53,7 +54,7 @@ def load(overrides: Sequence[str], working_directory: Path | None = None, reads_
     config = _typed(plain, mistakes)
     if config is not None:
         config = with_absolute_paths(config, working_directory or Path.cwd())
-        mistakes += list(contradictions(config, reads_data))
+        mistakes += list(contradictions(config, reads_data)) if consistent else []
     if mistakes or config is None:
         raise RequestError(mistakes)
     return config

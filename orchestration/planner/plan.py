@@ -12,7 +12,7 @@ from orchestration.bundles import Bundle
 from orchestration.planner.layout import Layout, Placed, lay_out
 from orchestration.planner.machines import GIB, Node
 from orchestration.planner.memory import RankMemory, of_role
-from orchestration.planner.shapes import language_model, scalar_model
+from orchestration.planner.shapes import language_model, longest, scalar_model
 from orchestration.planner.timing import Step, ppo_step
 
 USABLE = 0.95
@@ -63,6 +63,8 @@ class Plan:
     """One step of PPO."""
     remedies: list[Any]
     """Smallest changes that make it fit, best first; filled in by `remedies.with_remedies`."""
+    notes: list[str]
+    """What a reader should know beside the verdict: what is idle, what was chosen for the plan, what a run would refuse."""
 
     @property
     def fits(self) -> bool:
@@ -84,10 +86,37 @@ def plan(config: Config, nodes: Sequence[Node], cluster: Cluster | None = None, 
     parts = [_part(config, name, found, roles, nodes, cuda) for name, found in kinds.items()]
     disk = max((sum(roles[r].memory.on("disk") * roles[r].ranks for r in found) for found in kinds.values()), default=0)
     uses = [use for part in parts for use in _uses(config, part, nodes, cuda, disk)]
-    reasons = [reason for part in parts for reason in _homeless(part, nodes)] + [u.reason for u in uses if u.wanted > u.limit]
+    lacking = [reason for part in parts for reason in _homeless(part, nodes)] + [u.reason for u in uses if u.wanted > u.limit]
+    reasons = list(dict.fromkeys(lacking))  # the parts may lack the same
     nearest = max(uses, key=lambda use: use.wanted / max(use.limit, 1))
-    step = ppo_step(config, cluster, nodes) if timed and "ppo" in kinds and cuda and cluster.gpu_tflops else None
-    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), disk, step, [])
+    told = cluster.gpu_tflops > 0 or not cuda
+    step = ppo_step(config, cluster, nodes, cuda) if timed and "ppo" in kinds and told else None
+    notes = [*_idle(parts, nodes), *_refused(config), f"sequences of at most {longest(config):,} tokens (engine.longest)"]
+    if not told:
+        notes.append("no time is planned: cluster.gpu_tflops=0 says nothing of the GPUs' speed; describe them with cluster=")
+    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), disk, step, [], notes)
+
+
+def _idle(parts: Sequence[Part], nodes: Sequence[Node]) -> Iterator[str]:
+    """GPUs that nothing stands on, by part."""
+    have = int(sum(node.gpus for node in nodes))
+    used = {part.name: sum(len(placed.devices) for placed in part.layout.placed) for part in parts}
+    for busy in sorted(set(used.values())):
+        names = [name for name, count in used.items() if count == busy]
+        if busy < have:
+            yield f"{have - busy} of {have} GPUs idle in {' and '.join(names)}"
+
+
+def splits_engines(config: Config) -> bool:
+    """Whether rollout engines can be split over devices (`placement.rollout.tensor_parallel`). The transformers engine, which is the only
+    one, does not; `orchestration/recipe.py` refuses to run it so."""
+    return False
+
+
+def _refused(config: Config) -> Iterator[str]:
+    parts = config.placement.rollout.tensor_parallel
+    if parts > 1 and not splits_engines(config):
+        yield f"placement.rollout.tensor_parallel={parts} is planned only: chatray run refuses it, since the transformers engine does not split"
 
 
 def groups(config: Config) -> dict[str, list[str]]:
@@ -127,7 +156,8 @@ def _part(config: Config, name: str, found: list[str], roles: dict[str, RolePlan
             # a process for each device; without GPUs, what a rank computes with is in the same memory
             return sum(host * devices + (0 if cuda else device) for device, host, devices in there)
 
-        return max(map(turn_of, turns)) + (store(config) if placed.ranks else 0)
+        loading = sum(roles[role].memory.starting() * roles[role].devices for role, _ in placed.ranks)  # all at the same time
+        return max(loading, *map(turn_of, turns)) + (store(config) if placed.ranks else 0)
 
     return Part(
         name, layout,
@@ -169,8 +199,11 @@ def _uses(config: Config, part: Part, nodes: Sequence[Node], cuda: bool, disk: i
         yield Use(f"device memory in {part.name}", part.device, int(min(n.gpu_memory for n in in_use) * USABLE))
     yield Use(f"host memory in {part.name}", part.host, int(min(n.host_memory for n in in_use) * USABLE), " on one node")
     yield Use("/dev/shm", store(config), min(n.shm for n in in_use), "; lower ray.object_store_mb")
-    local = part.nvme + (disk if len(in_use) == 1 else 0)
-    yield Use("local disk", local, min(n.disk for n in in_use), "" if part.nvme else "; lower commit.keep, or give run_dir a larger disk")
+    here = disk if len(in_use) == 1 else 0
+    what = f"local disk in {part.name}, files of engine.nvme_path {amount(part.nvme)} of it" if part.nvme else "local disk"
+    commits = f"lower commit.keep={config.commit.keep}, or give run_dir a larger disk" if here else ""
+    files = "use more nodes, or keep states in host memory (engine.offload_optimizer=cpu)" if part.nvme else ""
+    yield Use(what, part.nvme + here, min(n.disk for n in in_use), "".join(f"; {word}" for word in (commits, files) if word))
 
 
 def _homeless(part: Part, nodes: Sequence[Node]) -> Iterator[str]:
@@ -207,7 +240,8 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "cluster": found.cluster,
         "nodes": len(found.nodes),
         "roles": {
-            name: {"parameters": role.parameters, "ranks": role.ranks, "devices": role.devices, "bytes_per_rank": role.memory.by_kind()}
+            name: {"parameters": role.parameters, "ranks": role.ranks, "devices": role.devices,
+                   "bytes_per_rank": role.memory.by_kind(), "by_place": role.memory.by_place()}
             for name, role in found.roles.items()
         },
         "placement": {
@@ -224,5 +258,6 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "binds": found.binds,
         "step": found.step.as_dict() if found.step else None,
         "reasons": found.reasons,
+        "notes": found.notes,
         "remedies": [{"changes": list(remedy.changes), "binds": remedy.binds} for remedy in found.remedies],
     }  # fmt: skip
