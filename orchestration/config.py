@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import conf
 from conf.schema import Config
+from conf.sizes import Scale
 from conf.sources import FilesData, Part, WorldData
 from orchestration import reward_sources
 from orchestration.contradictions import contradictions
@@ -81,6 +82,11 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
 def groups() -> dict[str, list[str]]:
     """The choices of each Hydra group."""
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(FOLDER.iterdir()) if list(p.glob("*.yaml"))}
+
+
+def rung(name: str) -> Scale:
+    """A shape of the ladder as its file has it, without composing everything."""
+    return TypeAdapter(Scale).validate_python(yaml.safe_load((FOLDER / "scale" / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def _compose(parsed: list[Override], mistakes: list[str]) -> dict[str, Any] | None:

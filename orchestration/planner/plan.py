@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 from conf.machines import Cluster
@@ -17,6 +18,9 @@ from orchestration.planner.timing import Step, ppo_step
 
 USABLE = 0.95
 """Share of a device's or a node's memory that is planned with; the rest is the allocator's fragmentation and the operating system."""
+
+HOMELESS = 10.0
+"""What it weighs in `Plan.excess` that no bundle has a home: more than any memory that lacks."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Plan:
     """Why it does not fit; empty if it does."""
     binds: str
     """The resource that is nearest to its limit."""
+    excess: float
+    """How far it is from fitting: logarithms of how often each resource is wanted that lacks, and the share of bundles without a home."""
     disk: int
     """Bytes of commits and exports below `run_dir`."""
     step: Step | None
@@ -88,13 +94,19 @@ def plan(config: Config, nodes: Sequence[Node], cluster: Cluster | None = None, 
     uses = [use for part in parts for use in _uses(config, part, nodes, cuda, disk)]
     lacking = [reason for part in parts for reason in _homeless(part, nodes)] + [u.reason for u in uses if u.wanted > u.limit]
     reasons = list(dict.fromkeys(lacking))  # the parts may lack the same
+    homeless = sum(len(part.layout.homeless) / part.layout.wanted for part in parts)
+    excess = HOMELESS * homeless + sum(log(use.wanted / max(use.limit, 1)) for use in uses if use.wanted > use.limit)
     nearest = max(uses, key=lambda use: use.wanted / max(use.limit, 1))
     told = cluster.gpu_tflops > 0 or not cuda
     step = ppo_step(config, cluster, nodes, cuda) if timed and "ppo" in kinds and told else None
-    notes = [*_idle(parts, nodes), *_refused(config), f"sequences of at most {longest(config):,} tokens (engine.longest)"]
+    notes = [
+        *_idle(parts, nodes),
+        *_refused(config),
+        f"sequences of at most {longest(config):,} tokens{'' if config.engine.longest else ', the context; engine.longest lowers it'}",
+    ]
     if not told:
         notes.append("no time is planned: cluster.gpu_tflops=0 says nothing of the GPUs' speed; describe them with cluster=")
-    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), disk, step, [], notes)
+    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), excess, disk, step, [], notes)
 
 
 def _idle(parts: Sequence[Part], nodes: Sequence[Node]) -> Iterator[str]:

@@ -152,7 +152,7 @@ def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node], cuda: bool
     ] if cuda else [
         f"{CPU_FLOPS / 1e9:g} GFLOP/s a thread, {CPU_BYTES / 1e9:g} GB/s, {CPU_LAYER * 1e6:.0f} us a layer at least: assumed of any CPU"
     ]  # fmt: skip
-    paid = f"${cluster.price:g} for each GPU and hour (cluster.price), of every GPU of the cluster, in use or not"
+    paid = f"${cluster.price:g} for each GPU and hour (cluster.price), an assumption; every GPU of the cluster is paid for, in use or not"
     free = "no cost is planned: cluster.price=0" if gpus else "no cost is planned: there is no GPU to pay for"
     replies = f"prompts of {tokens.prompt:g} and replies of {tokens.reply:g} tokens, none shorter"
     found = [replies, *speeds, free if dollars is None else paid]
