@@ -1,6 +1,6 @@
 """What a plan chooses by itself where the words of the command line leave it open, and says so.
 
-A bare `scale=175b cluster=a100x64` names machines and a model, and the defaults are those of the quickstart on two cores. So the roles share
+A bare `scale=175b cluster=a100x64` names machines and a model, and the defaults are those of the quickstart on two cores. So roles share
 all GPUs of the cluster unless a placement was chosen; a model from elsewhere is sharded as the rung nearest in size is; and batches become
 multiples of the ranks. What was chosen is in the plan's notes, as the words that a run would need.
 """
@@ -14,7 +14,7 @@ from conf.schema import PPO_ROLES, Config
 from orchestration import config as configuration
 from orchestration.contradictions import divisors, multiple_from
 from orchestration.planner.machines import Node, described
-from orchestration.planner.shapes import language_model, ladder
+from orchestration.planner.shapes import ladder, language_model
 
 
 def settled(words: Sequence[str], live: Callable[[Config], list[Node]]) -> tuple[Config, list[Node], list[str]]:
@@ -65,7 +65,9 @@ def _placed(config: Config, nodes: Sequence[Node], named: set[str]) -> list[str]
     """The words that put the roles on all GPUs, if there are some and no placement was chosen that uses any."""
     gpus = int(sum(node.gpus for node in nodes))
     used = any(getattr(config.placement, role).gpus for role in ("train", *PPO_ROLES))
-    return [] if not gpus or "placement" in named or used else ["placement=colocated", f"placement.devices={gpus}"]
+    if not gpus or "placement" in named or used:
+        return []
+    return ["placement=colocated", *([] if "placement.devices" in named else [f"placement.devices={gpus}"])]
 
 
 def _raised(config: Config, named: set[str]) -> list[str]:

@@ -16,8 +16,8 @@ ZeRO 1 adds up whole gradients over micro-batches, and shares them out when they
 fp32, twice: as they are added up (ZeRO 2 and 3), and as they are handed over. "Workspace" is what comes and goes within a step: layers
 gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
 
-While it loads, a rank holds other things: below ZeRO-3, in a rollout engine of one device, and where adapters are put into a model, the whole
-model in fp32 in host memory. All roles of a node load at the same time, before any of them computes.
+While it loads, a rank holds other things: below ZeRO-3, in a rollout engine of one device, and where adapters are put into a model, the
+whole model in fp32 in host memory. All roles of a node load at the same time, before any of them computes.
 """
 
 from __future__ import annotations

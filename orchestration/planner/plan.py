@@ -128,7 +128,7 @@ def splits_engines(config: Config) -> bool:
 def _refused(config: Config) -> Iterator[str]:
     parts = config.placement.rollout.tensor_parallel
     if parts > 1 and not splits_engines(config):
-        yield f"placement.rollout.tensor_parallel={parts} is planned only: chatray run refuses it, since the transformers engine does not split"
+        yield f"placement.rollout.tensor_parallel={parts} is planned only: a run refuses it, since the transformers engine does not split"
 
 
 def groups(config: Config) -> dict[str, list[str]]:

@@ -27,7 +27,6 @@ from conf.schema import Config
 from conf.sizes import Scale
 from orchestration.errors import RequestError
 
-
 OPT_RUNGS = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b")
 
 

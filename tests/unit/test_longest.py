@@ -28,7 +28,7 @@ def test_stages_that_start_from_sft_end_there(tmp_path: Path) -> None:
     OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=48).save_pretrained(tmp_path)
     for words, longest in ((), 48), (("engine.longest=40",), 40), (("engine.longest=50",), 48):
         config = smoke(f"policy_checkpoint={tmp_path}", *words)
-        context = StageContext("ppo", config, RunDirectory(tmp_path / "run"), None, None)  # type: ignore[arg-type]
+        context = StageContext("ppo", config, RunDirectory(tmp_path / "run", keep=1), None, None)  # type: ignore[arg-type]
         assert context.longest == longest
 
 

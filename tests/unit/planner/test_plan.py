@@ -81,7 +81,7 @@ REFUSED = {
     "on one node": ["scale=66b", "cluster=a100x8"],
     "one of eight": ["scale=1.3b", "cluster=a100x8", "placement=one_gpu"],
     "host memory": ["scale=30b", "cluster=a100x8"],
-    "a laptop": ["scale=125m", "engine.micro_batch=16", "cluster.host_memory_gib=12"],
+    "a laptop": ["scale=125m", "engine.micro_batch=16", "cluster.host_memory_gib=24"],
 }
 
 
