@@ -65,7 +65,8 @@ def _runs(config: Config, stage: str) -> bool:
 
 def divisors(config: Config) -> dict[str, int]:
     """Setting -> what its value must be a multiple of, for the stages that run: whole rows on every rank in every step."""
-    place, ppo, found = config.placement, config.ppo, {}
+    place, ppo = config.placement, config.ppo
+    found: dict[str, int] = {}
     if _runs(config, "ppo"):
         learning = [getattr(place, role).ranks for role in (("policy", "critic") if ppo.has_critic() else ("policy",))]
         samples = ppo.samples_per_prompt * (place.policy.ranks if ppo.compares_replies() else 1)

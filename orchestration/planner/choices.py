@@ -26,7 +26,8 @@ def settled(words: Sequence[str], live: Callable[[Config], list[Node]]) -> tuple
     Raises:
         RequestError: the words are wrong, or contradict each other.
     """
-    config, notes = _loaded(words, consistent=False), []
+    config = _loaded(words, consistent=False)
+    notes: list[str] = []
     named = {word.partition("=")[0] for word in words}
     if sized := _sized(config, named):
         words, notes = [*words, sized[0]], [sized[1]]

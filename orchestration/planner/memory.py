@@ -76,7 +76,7 @@ class RankMemory:
     def by_place(self) -> dict[str, dict[str, int]]:
         """Each kind that is there, and its bytes in each place."""
         kinds = dict.fromkeys([*KINDS, *(part.kind for part in self.parts)])
-        found = {
+        found: dict[str, dict[str, int]] = {
             kind: {where: sum(p.bytes for p in self.parts if (p.kind, p.where) == (kind, where)) for where in PLACES} for kind in kinds
         }
         return found | {"loading": {where: self.loading if where == "host" else 0 for where in PLACES}}

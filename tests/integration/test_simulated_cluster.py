@@ -121,7 +121,8 @@ def _check_as_planned(layout: Layout, runtime: RayRuntime) -> None:
         for device, there in enumerate(placed.devices):
             for who in there:
                 drawn[who].append(device)
-    given, on_node = {}, defaultdict(set)
+    given: dict[tuple[str, int], list[int]] = {}
+    on_node: dict[int, set[tuple[str, int]]] = defaultdict(set)
     for role in SPLIT:
         for rank, (node, devices) in enumerate(zip(*_placed(runtime, role), strict=True)):
             given[role, rank] = sorted(devices)

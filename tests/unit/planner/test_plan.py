@@ -78,7 +78,6 @@ def test_remedies_are_changes_that_really_fit() -> None:
 REFUSED = {
     "too few machines": ["experiment=instructgpt_175b", "cluster=a100x8"],
     "no engine may be whole": ["scale=175b", "cluster=a100x64"],
-    "on one node": ["scale=66b", "cluster=a100x8"],
     "one of eight": ["scale=1.3b", "cluster=a100x8", "placement=one_gpu"],
     "host memory": ["scale=30b", "cluster=a100x8"],
     "a laptop": ["scale=125m", "engine.micro_batch=16", "cluster.host_memory_gib=24"],
