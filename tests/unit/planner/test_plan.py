@@ -164,8 +164,9 @@ def test_what_a_run_would_refuse_is_said_and_counted_apart_by_place(capsys: pyte
 
 
 def test_sleeping_roles_need_the_device_in_turns_and_the_host_together() -> None:
-    awake = planned("scale=1.3b", *COLOCATED, "placement.sleep=false").parts[-1]
-    asleep = planned("scale=1.3b", *COLOCATED).parts[-1]
+    split = ["engine.zero_stage=3", "placement.rollout.tensor_parallel=8", "placement.rollout.ranks=1"]  # nobody loads a whole model
+    awake = planned("scale=1.3b", *COLOCATED, *split, "placement.sleep=false").parts[-1]
+    asleep = planned("scale=1.3b", *COLOCATED, *split).parts[-1]
     assert asleep.device < awake.device
     assert asleep.host > awake.host
 
