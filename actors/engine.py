@@ -27,7 +27,7 @@ from deepspeed.runtime.zero import GatheredParameters
 
 from actors.recomputing import recompute_blocks
 from actors.sharded_state import Snapshot, load_snapshot, load_state, restore_snapshot, save_state, take_snapshot
-from actors.sharding import Optimizer, Sharding, buckets, settings
+from actors.sharding import Optimizer, Sharding, buckets, settings, stage_in_force
 
 # DeepSpeed would compile a shared-memory all-reduce when it first meets gloo: half a minute, and a compiler that may not be there.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -52,8 +52,7 @@ class Engine:
         # On a CPU, bf16 is autocast over fp32 weights; on CUDA, DeepSpeed keeps bf16 weights beside fp32 masters.
         self.autocast = sharding.dtype == "bf16" and self.device.type == "cpu"
         bf16 = sharding.dtype == "bf16" and not self.autocast
-        if bf16 and sharding.stage == 0:  # without ZeRO, DeepSpeed's bf16 has gradient norms of its own
-            sharding = replace(sharding, stage=1)
+        sharding = replace(sharding, stage=stage_in_force(sharding.stage, sharding.dtype, self.device.type == "cuda"))
         self.zero_stage = sharding.stage
         self.max_grad_norm = optimizer.max_grad_norm if optimizer else 0.0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

@@ -60,6 +60,12 @@ class Buckets:
     """Parameters of one rank that are stepped together (ZeRO-3); the step computes with so many numbers in fp32 at once."""
 
 
+def stage_in_force(stage: int, dtype: str, cuda: bool) -> int:
+    """The ZeRO stage that an engine runs at: bf16 on CUDA needs 1 at least, since DeepSpeed's bf16 without ZeRO has gradient norms of its
+    own."""
+    return max(stage, 1) if dtype == "bf16" and cuda else stage
+
+
 def buckets(parameters: Sequence[int], trained: Sequence[int], ranks: int) -> Buckets:
     """Bucket sizes for a model: the largest parameter sets the scale, since it is moved as one, and a rank's part of it stepped as one.
 

@@ -40,6 +40,10 @@ class Scale(Settings):
     """Arithmetic, unless `model.dtype` says otherwise."""
     activation_checkpointing: bool
     """Whether blocks are computed again in the backward pass, unless `engine.activation_checkpointing` says otherwise."""
+    micro_batch: Count
+    """Sequences per forward and backward pass on one rank, unless `engine.micro_batch` says otherwise."""
+    rollout_batch: Count
+    """Replies that one rollout rank samples at once, unless `engine.rollout_batch` says otherwise."""
     embedding: Whole = 0
     """Width of the token embedding when it differs from `width` (OPT-350M's 512); 0: the same."""
     post_layer_norm: bool = False
@@ -76,8 +80,12 @@ class Engine(Settings):
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more arithmetic; null
     takes the scale's."""
     micro_batch: Count
-    """Sequences per forward and backward pass on one rank; less uses less memory and changes no result."""
+    """Sequences per forward and backward pass on one rank; less uses less memory and changes no result. The scale's by default."""
     shard_mb: Count
     """Size at which an exported checkpoint goes on in another file, MB; also what loading and exporting hold at once, at most."""
     rollout_batch: Count
-    """Replies that one rollout rank samples at once; less uses less memory for keys and values and changes no result."""
+    """Replies that one rollout rank samples at once; less uses less memory for keys and values and changes no result. The
+    scale's by default."""
+    longest: Annotated[int, Ge(2)] | None
+    """Tokens of the longest sequence in any stage, prompt and reply together: what is longer is shortened or left out, as if the model's
+    context ended there. Memory is planned for it. null: the model's context."""

@@ -84,19 +84,19 @@ def _config(words: Sequence[str]) -> None:
 
 
 def _plan(words: Sequence[str]) -> None:
-    from orchestration import config as configuration
-
-    config = configuration.load([word for word in words if word != "--json"], reads_data=False)
     _quiet()
+    import dataclasses
     import json
 
-    from orchestration.planner import machines, show
+    from orchestration.planner import show
+    from orchestration.planner.choices import settled
     from orchestration.planner.plan import as_dict, plan
     from orchestration.planner.remedies import with_remedies
     from orchestration.runtime.facts import live_nodes
 
-    nodes = live_nodes(config) if config.cluster.name == "live" else machines.described(config.cluster)
+    config, nodes, chosen = settled([word for word in words if word != "--json"], live_nodes)
     found = with_remedies(config, plan(config, nodes))
+    found = dataclasses.replace(found, notes=[*chosen, *found.notes])
     if "--json" in words:
         print(json.dumps(as_dict(found)))
     else:

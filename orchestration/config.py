@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import conf
 from conf.schema import Config
+from conf.sizes import Scale
 from conf.sources import FilesData, Part, WorldData
 from orchestration import reward_sources
 from orchestration.contradictions import contradictions
@@ -33,13 +34,14 @@ FOLDER = Path(conf.__file__).resolve().parent
 ALIASES = {"from": "rerun_from"}
 
 
-def load(overrides: Sequence[str], working_directory: Path | None = None, reads_data: bool = True) -> Config:
+def load(overrides: Sequence[str], working_directory: Path | None = None, reads_data: bool = True, consistent: bool = True) -> Config:
     """The configuration that the overrides ask for, checked.
 
     Args:
         overrides: in Hydra's grammar, e.g. `experiment=quickstart ppo.lr=1e-4`.
         working_directory: what relative paths start from; the current one by default.
         reads_data: whether files of `data` must be there.
+        consistent: whether what the settings add up to is checked too.
 
     Raises:
         RequestError: with every mistake found in the overrides, the types and what they add up to.
@@ -53,7 +55,7 @@ def load(overrides: Sequence[str], working_directory: Path | None = None, reads_
     config = _typed(plain, mistakes)
     if config is not None:
         config = with_absolute_paths(config, working_directory or Path.cwd())
-        mistakes += list(contradictions(config, reads_data))
+        mistakes += list(contradictions(config, reads_data)) if consistent else []
     if mistakes or config is None:
         raise RequestError(mistakes)
     return config
@@ -80,6 +82,11 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
 def groups() -> dict[str, list[str]]:
     """The choices of each Hydra group."""
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(FOLDER.iterdir()) if list(p.glob("*.yaml"))}
+
+
+def rung(name: str) -> Scale:
+    """A shape of the ladder as its file has it, without composing everything."""
+    return TypeAdapter(Scale).validate_python(yaml.safe_load((FOLDER / "scale" / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def _compose(parsed: list[Override], mistakes: list[str]) -> dict[str, Any] | None:

@@ -53,9 +53,61 @@ def _shapes(config: Config) -> Iterable[str]:
     ):
         if config.model.path is None and length >= scale.context:
             yield f"{stage}.max_new_tokens={length}: leaves no room for a prompt in scale.context={scale.context}"
+        elif config.engine.longest is not None and length >= config.engine.longest:
+            yield f"{stage}.max_new_tokens={length}: leaves no room for a prompt in engine.longest={config.engine.longest}"
+
+
+def _runs(config: Config, stage: str) -> bool:
+    """Whether a stage is among those asked for."""
+    asked = config.stage in ("all", stage)
+    return asked and not (stage == "pretrain" and not config.pretrain.steps)
+
+
+def divisors(config: Config) -> dict[str, int]:
+    """Setting -> what its value must be a multiple of, for the stages that run: whole rows on every rank in every step."""
+    place, ppo = config.placement, config.ppo
+    found: dict[str, int] = {}
+    if _runs(config, "ppo"):
+        learning = [getattr(place, role).ranks for role in (("policy", "critic") if ppo.has_critic() else ("policy",))]
+        samples = ppo.samples_per_prompt * (place.policy.ranks if ppo.compares_replies() else 1)
+        ranks = [getattr(place, role).ranks for role in config.roles_of_ppo()]
+        found["ppo.batch"] = math.lcm(*ranks, *(ppo.minibatches * count for count in learning), samples)
+        if ppo.ptx > 0:
+            found["ppo.ptx_batch"] = place.policy.ranks
+    return found | {f"{stage}.batch": place.train.ranks for stage in ("pretrain", "sft", "reward_model") if _runs(config, stage)}
+
+
+def multiple_from(value: int, divisor: int) -> int:
+    """The least multiple that is no less than the value."""
+    return -(-value // divisor) * divisor
 
 
 def _ranks(config: Config) -> Iterable[str]:
+    place, ppo = config.placement, config.ppo
+    needed = divisors(config)
+    if "ppo.batch" in needed:
+        works = f"; the next that works is ppo.batch={multiple_from(ppo.batch, needed['ppo.batch'])}"
+        yield from (f"{mistake}{works}" for mistake in _batch_of_ppo(config))
+    if ppo.ptx_batch % needed.get("ppo.ptx_batch", 1):
+        works = f"; the next that works is ppo.ptx_batch={multiple_from(ppo.ptx_batch, place.policy.ranks)}"
+        yield f"ppo.ptx_batch={ppo.ptx_batch}: not divisible by placement.policy.ranks={place.policy.ranks}{works}"
+    for stage in ("pretrain", "sft", "reward_model"):
+        batch = getattr(config, stage).batch
+        if batch % needed.get(f"{stage}.batch", 1):
+            works = f"; the next that works is {stage}.batch={multiple_from(batch, place.train.ranks)}"
+            yield f"{stage}.batch={batch}: not divisible by placement.train.ranks={place.train.ranks}{works}"
+    for role in ("train", *PPO_ROLES):
+        if role != "rollout" and getattr(place, role).tensor_parallel > 1:
+            parts = getattr(place, role).tensor_parallel
+            yield f"placement.{role}.tensor_parallel={parts}: rollout engines alone are split over devices; set it to 1"
+    if config.runtime == "local":
+        for role in ("train", *PPO_ROLES):
+            if getattr(place, role).ranks > 1:
+                ranks = getattr(place, role).ranks
+                yield f"placement.{role}.ranks={ranks}: runtime=local runs one rank per role; use placement=cpu, or runtime=ray"
+
+
+def _batch_of_ppo(config: Config) -> Iterable[str]:
     place, ppo = config.placement, config.ppo
     roles = config.roles_of_ppo()
     together = math.lcm(*(getattr(place, role).ranks for role in roles))
@@ -66,21 +118,6 @@ def _ranks(config: Config) -> Iterable[str]:
         ranks = getattr(place, role).ranks
         if ppo.batch % (ranks * ppo.minibatches):
             yield f"ppo.batch={ppo.batch}: not divisible by ppo.minibatches={ppo.minibatches} x placement.{role}.ranks={ranks}"
-    if ppo.ptx > 0 and ppo.ptx_batch % place.policy.ranks:
-        yield f"ppo.ptx_batch={ppo.ptx_batch}: not divisible by placement.policy.ranks={place.policy.ranks}"
-    for stage in ("pretrain", "sft", "reward_model"):
-        batch = getattr(config, stage).batch
-        if batch % place.train.ranks:
-            yield f"{stage}.batch={batch}: not divisible by placement.train.ranks={place.train.ranks}"
-    for role in ("train", *PPO_ROLES):
-        if role != "rollout" and getattr(place, role).tensor_parallel > 1:
-            parts = getattr(place, role).tensor_parallel
-            yield f"placement.{role}.tensor_parallel={parts}: rollout engines alone are split over devices; set it to 1"
-    if config.runtime == "local":
-        for role in ("train", *PPO_ROLES):
-            if getattr(place, role).ranks > 1:
-                ranks = getattr(place, role).ranks
-                yield f"placement.{role}.ranks={ranks}: runtime=local runs one rank per role; use placement=cpu, or runtime=ray"
 
 
 def _ppo(config: Config) -> Iterable[str]:

@@ -18,6 +18,8 @@ from orchestration.runtime.machine import Machine
 OPEN_FILES = 4096
 """Ray opens several sockets for each rank of a node."""
 BF16_CAPABILITY = 8.0
+FILE_WIDTH = 170
+"""Columns where the output goes to a file."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ def _devices(machine: Machine) -> Iterator[Line]:
 
 
 def _tools(machine: Machine) -> Iterator[Line]:
-    needed = {"c++": "the offloaded optimizer", "ninja": "the offloaded optimizer", "libaio": "offload to nvme"}
+    needed = {
+        "c++": "the offloaded optimizer",
+        "ninja": "the offloaded optimizer",
+        "libaio": "offload to nvme",
+        "libaio.h": "offload to nvme",
+    }
     if machine.gpus:
         needed["nvcc"] = "DeepSpeed's fused optimizers"
     for tool, reason in needed.items():
@@ -119,5 +126,8 @@ def show(config: Config, as_json: bool) -> bool:
     colours = {"ok": "green", "note": "yellow", "wrong": "red"}
     for line in found:
         table.add_row(line.node, line.what, line.found, f"[{colours[line.verdict]}]{line.verdict}[/]", line.remedy)
-    Console().print(table)
+    out = Console()
+    if not out.is_terminal:  # a table that is cut to the width of nothing helps nobody
+        out.width = FILE_WIDTH
+    out.print(table)
     return well

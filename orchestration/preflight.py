@@ -126,7 +126,8 @@ def _no_room(
         )
     kind = "GPUs" if any(b.gpus for b in homeless) else "CPUs"
     lower = "placement.devices" if config.placement.devices > 1 else f"placement.{roles[0]}.ranks"
-    remedy = f"Lower {lower} (now {settings}), add nodes, or share devices with placement=colocated" if kind == "GPUs" else (
+    sharing = "" if config.placement.share else ", or share devices with placement=colocated"
+    remedy = f"Lower {lower} (now {settings}), add nodes{sharing}" if kind == "GPUs" else (
         f"Lower {settings} or placement.{roles[0]}.cpus, or add nodes"
     )  # fmt: skip
     return f"stage {stage} needs {needed}, the cluster has {have}: {' and '.join(missing)} missing; {cause}. {remedy}."

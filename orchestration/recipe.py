@@ -36,7 +36,8 @@ SECTIONS = {
     "evaluate": ("seed", "evaluate"),
 }
 """The settings that decide a stage's result. Ranks, memory, logging and deadlines do not."""
-MEMORY = ("name", "zero_stage", "offload_optimizer", "offload_parameters", "activation_checkpointing", "dtype")
+MEMORY = ("name", "zero_stage", "offload_optimizer", "offload_parameters", "activation_checkpointing", "dtype", "micro_batch",
+          "rollout_batch")  # fmt: skip
 NO_PART = {"scale": MEMORY, "reward_scale": MEMORY, "sft": ("packing", "pack_length"), "ppo": ("judge",)}
 """Settings of those sections that decide nothing: a name, ways to shard and to save padding, and what is only measured. The arithmetic in
 force stands with the model."""
@@ -149,6 +150,8 @@ def identity(name: str, config: Config, directory: RunDirectory, shared: Shared)
         plain[section] = {key: value for key, value in (plain[section] or {}).items() if key not in NO_PART[section]}
     if "model" in plain:
         plain["model"] = plain["model"] | {"dtype": config.dtype()}
+    if config.engine.longest is not None:  # the one setting of the engine that decides what is learned from
+        plain["longest"] = config.engine.longest
     if name == "ppo":
         plain["ppo"] = plain["ppo"] | {"rewards": reward_sources.identity(settings["ppo"]["rewards"])}
     if name == "evaluate" and config.ppo.rewards:

@@ -15,6 +15,9 @@ numbers that are trained, low = 2 bytes for bf16 on CUDA and 4 otherwise (bf16 o
 ZeRO 1 adds up whole gradients over micro-batches, and shares them out when they are complete. An offloaded optimizer keeps gradients in
 fp32, twice: as they are added up (ZeRO 2 and 3), and as they are handed over. "Workspace" is what comes and goes within a step: layers
 gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
+
+While it loads, a rank holds other things: below ZeRO-3, in a rollout engine of one device, and where adapters are put into a model, the
+whole model in fp32 in host memory. All roles of a node load at the same time, before any of them computes.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ from math import ceil
 from typing import Literal
 
 from actors.algorithms.logprobs import CHUNK_LOGITS
-from actors.sharding import PERSISTENT, buckets
+from actors.sharding import PERSISTENT, buckets, stage_in_force
 from conf.schema import Config
 from orchestration.planner.machines import GIB
-from orchestration.planner.shapes import Shape, activations, language_model, scalar_model
+from orchestration.planner.shapes import Shape, activations, language_model, longest, scalar_model
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "kv_cache", "communication", "workspace", "runtime")
 Where = Literal["device", "host", "nvme", "disk"]
+PLACES: tuple[Where, ...] = ("device", "host", "nvme", "disk")
 
 PROCESS = int(0.7 * GIB)
 """Private memory of a rank's process with torch, transformers and DeepSpeed loaded, in host memory."""
@@ -54,6 +58,8 @@ class RankMemory:
     """What one rank holds. "device" is where it computes: a GPU, or the host's memory on a machine without one."""
 
     parts: tuple[Held, ...]
+    loading: int = 0
+    """Bytes of weights in host memory while the model is loaded, before what is in `parts` is there."""
 
     def of(self, kind: str) -> int:
         """Bytes of a kind, wherever they lie."""
@@ -65,14 +71,26 @@ class RankMemory:
     def by_kind(self) -> dict[str, int]:
         """Kinds on the device, and the totals of the other places."""
         on_device = {kind: sum(p.bytes for p in self.parts if (p.kind, p.where) == (kind, "device")) for kind in KINDS}
-        return on_device | {where: self.on(where) for where in ("host", "nvme", "disk")}  # type: ignore[arg-type]
+        return on_device | {where: self.on(where) for where in PLACES[1:]} | {"loading": self.loading}
+
+    def by_place(self) -> dict[str, dict[str, int]]:
+        """Each kind that is there, and its bytes in each place."""
+        kinds = dict.fromkeys([*KINDS, *(part.kind for part in self.parts)])
+        found: dict[str, dict[str, int]] = {
+            kind: {where: sum(p.bytes for p in self.parts if (p.kind, p.where) == (kind, where)) for where in PLACES} for kind in kinds
+        }
+        return found | {"loading": {where: self.loading if where == "host" else 0 for where in PLACES}}
+
+    def starting(self) -> int:
+        """Bytes in host memory while it loads."""
+        return self.loading + sum(part.bytes for part in self.parts if part.kind in ("process", "shards"))
 
     def asleep(self) -> RankMemory:
         """The same rank while others work on its device: what it needs again lies in host memory, the rest is given back."""
         kept = ("parameters", "optimizer")
         moved = [replace(p, where="host") for p in self.parts if p.where == "device" and p.kind in kept]
         left = [p for p in self.parts if p.where != "device" or p.kind == "runtime"]
-        return RankMemory((*left, *moved))
+        return RankMemory((*left, *moved), self.loading)
 
 
 @dataclass(frozen=True)
@@ -87,13 +105,13 @@ class MicroBatch:
 
 
 def of_role(config: Config, role: str, cuda: bool) -> RankMemory:
-    """One rank of a role (the one that holds most), with sequences as long as the model's context."""
+    """One rank of a role (the one that holds most), with sequences as long as they may be."""
     scalar = role in ("critic", "reward")
     if role == "reward" and config.ppo.rewards and not any(source.kind == "model" for source in config.ppo.rewards):
         return RankMemory((Held("process", "host", PROCESS),))
     shape = scalar_model(config) if scalar else language_model(config)
     ranks = getattr(config.placement, role).ranks
-    rows, tokens = config.engine.micro_batch, shape.context
+    rows, tokens = config.engine.micro_batch, longest(config)
     if role == "rollout":
         return rollout(config, shape, cuda)
     if role in ("reference", "reward"):
@@ -104,15 +122,15 @@ def of_role(config: Config, role: str, cuda: bool) -> RankMemory:
 
 def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBatch, cuda: bool, rank: int | None = None) -> RankMemory:
     """A rank that learns; None: the one that holds most."""
-    stage, bf16 = config.zero_stage(), config.dtype() == "bf16"
-    low = 2 if bf16 and cuda else 4
+    stage = stage_in_force(config.zero_stage(), config.dtype(), cuda)
+    low = 2 if config.dtype() == "bf16" and cuda else 4
     tensors = trained_tensors(config, shape, role)
     share = _share(tensors, ranks) if stage else sum(tensors)
     offloaded = config.offload_optimizer() if stage else "none"
     away: Where = {"none": "device", "cpu": "host", "nvme": "nvme" if stage == 3 else "host"}[offloaded]  # type: ignore[assignment]
     sizes = buckets(shape.tensors, tensors, ranks)
     bucket = sizes.reduce * low if stage else 0
-    masters = 12 * share if stage or low == 2 else 8 * share
+    masters = 12 * share if stage else 8 * share
     parts = [
         *_parameters(config, shape, ranks, low),
         Held("optimizer", away, masters),
@@ -124,7 +142,20 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
         *([Held("to go back to", "host", 2 * 4 * share)] if role == "policy" else []),
         Held("state", "disk", (config.commit.keep + 1) * (masters + _ceil(shape.parameters, ranks) * low)),
     ]
-    return RankMemory(tuple(parts))
+    return RankMemory(tuple(parts), _loading(config, shape, config.lora.trains(_trained(config, role, shape))))
+
+
+def _loading(config: Config, shape: Shape, adapted: bool) -> int:
+    """Under ZeRO-3 each rank reads its own part of each tensor (`actors/engine.py`); elsewhere transformers builds the whole model in fp32,
+    and so it does for adapters to be put into (`filled_by_engine` of `actors/worker.py`)."""
+    return 0 if config.zero_stage() == 3 and not adapted else shape.parameters * 4
+
+
+def _trained(config: Config, role: str, shape: Shape) -> str:
+    """What `lora.roles` calls it; the ranks of training stages are planned for the stage that holds most."""
+    if role != "train":
+        return role
+    return "reward_model" if shape.scalar else "pretrain" if config.pretrain.steps else "sft"
 
 
 def _gradients(tensors: list[int], ranks: int, stage: int, low: int, away: Where, rank: int | None) -> list[Held]:
@@ -156,18 +187,19 @@ def frozen(config: Config, shape: Shape, ranks: int, rows: int, tokens: int, cud
     passing = Held("activations", "device", kept.block + kept.ends)
     spare = _logits(shape, rows * tokens, learns=False) + _gathered(config, shape, low)
     return RankMemory(
-        (*_parameters(config, shape, ranks, low), passing, Held("workspace", "device", spare), *_process(config, shape, ranks, cuda))
+        (*_parameters(config, shape, ranks, low), passing, Held("workspace", "device", spare), *_process(config, shape, ranks, cuda)),
+        _loading(config, shape, adapted=False),
     )
 
 
 def rollout(config: Config, shape: Shape, cuda: bool) -> RankMemory:
-    """One device of a rollout engine: its part of the weights, and of the keys and values of a batch of replies as long as the context."""
+    """One device of a rollout engine: its part of the weights, and of the keys and values of a batch of replies as long as they may be."""
     place = config.placement.rollout
     low = 2 if config.dtype() == "bf16" and cuda else 4
     rows = min(config.engine.rollout_batch, max(config.ppo.batch // place.ranks, 1))
-    cache = _ceil(shape.cache(rows * shape.context, low), place.tensor_parallel)
+    cache = _ceil(shape.cache(rows * longest(config), low), place.tensor_parallel)
     sampling = rows * shape.vocabulary * (2 * 4 + 2 * 8)  # log-probs in fp32, their cumulative sum in fp64
-    prefill = rows * max(shape.context - config.ppo.max_new_tokens, 1) * 6 * shape.width * low
+    prefill = rows * max(longest(config) - config.ppo.max_new_tokens, 1) * 6 * shape.width * low
     growing = cache // shape.layers  # one layer's cache is copied when a token is added
     return RankMemory(
         (
@@ -177,14 +209,14 @@ def rollout(config: Config, shape: Shape, cuda: bool) -> RankMemory:
             Held("process", "host", PROCESS),
             *([Held("runtime", "device", CONTEXT)] if cuda else []),
             Held("shards", "host", min(config.engine.shard_mb * 10**6, shape.parameters * 4)),
-        )
+        ),
+        shape.parameters * 4 if place.tensor_parallel == 1 else 0,  # an engine that splits its model reads each device's part
     )
 
 
 def trained_tensors(config: Config, shape: Shape, role: str) -> list[int]:
     """Numbers in each tensor that this role trains: all of the model's, or its adapters' and a scalar head."""
-    adapted = config.lora.trains("reward_model" if role == "train" and shape.scalar else role)
-    if not adapted:
+    if not config.lora.trains(_trained(config, role, shape)):
         return list(shape.tensors)
     chosen = [(a, b) for name, a, b in shape.linear if not config.lora.targets or name in config.lora.targets]
     found = [config.lora.rank * size for pair in chosen for size in pair]

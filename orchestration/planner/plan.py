@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 from conf.machines import Cluster
@@ -12,11 +13,14 @@ from orchestration.bundles import Bundle
 from orchestration.planner.layout import Layout, Placed, lay_out
 from orchestration.planner.machines import GIB, Node
 from orchestration.planner.memory import RankMemory, of_role
-from orchestration.planner.shapes import language_model, scalar_model
+from orchestration.planner.shapes import language_model, longest, scalar_model
 from orchestration.planner.timing import Step, ppo_step
 
 USABLE = 0.95
 """Share of a device's or a node's memory that is planned with; the rest is the allocator's fragmentation and the operating system."""
+
+HOMELESS = 10.0
+"""What it weighs in `Plan.excess` that no bundle has a home: more than any memory that lacks."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,16 @@ class Plan:
     """Why it does not fit; empty if it does."""
     binds: str
     """The resource that is nearest to its limit."""
+    excess: float
+    """How far it is from fitting: logarithms of how often each resource is wanted that lacks, and the share of bundles without a home."""
     disk: int
     """Bytes of commits and exports below `run_dir`."""
     step: Step | None
     """One step of PPO."""
     remedies: list[Any]
     """Smallest changes that make it fit, best first; filled in by `remedies.with_remedies`."""
+    notes: list[str]
+    """What a reader should know beside the verdict: what is idle, what was chosen for the plan, what a run would refuse."""
 
     @property
     def fits(self) -> bool:
@@ -84,10 +92,43 @@ def plan(config: Config, nodes: Sequence[Node], cluster: Cluster | None = None, 
     parts = [_part(config, name, found, roles, nodes, cuda) for name, found in kinds.items()]
     disk = max((sum(roles[r].memory.on("disk") * roles[r].ranks for r in found) for found in kinds.values()), default=0)
     uses = [use for part in parts for use in _uses(config, part, nodes, cuda, disk)]
-    reasons = [reason for part in parts for reason in _homeless(part, nodes)] + [u.reason for u in uses if u.wanted > u.limit]
+    lacking = [reason for part in parts for reason in _homeless(part, nodes)] + [u.reason for u in uses if u.wanted > u.limit]
+    reasons = list(dict.fromkeys(lacking))  # the parts may lack the same
+    homeless = sum(len(part.layout.homeless) / part.layout.wanted for part in parts)
+    excess = HOMELESS * homeless + sum(log(use.wanted / max(use.limit, 1)) for use in uses if use.wanted > use.limit)
     nearest = max(uses, key=lambda use: use.wanted / max(use.limit, 1))
-    step = ppo_step(config, cluster, nodes) if timed and "ppo" in kinds and cuda and cluster.gpu_tflops else None
-    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), disk, step, [])
+    told = cluster.gpu_tflops > 0 or not cuda
+    step = ppo_step(config, cluster, nodes, cuda) if timed and "ppo" in kinds and told else None
+    notes = [
+        *_idle(parts, nodes),
+        *_refused(config),
+        f"sequences of at most {longest(config):,} tokens{'' if config.engine.longest else ', the context; engine.longest lowers it'}",
+    ]
+    if not told:
+        notes.append("no time is planned: cluster.gpu_tflops=0 says nothing of the GPUs' speed; describe them with cluster=")
+    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), excess, disk, step, [], notes)
+
+
+def _idle(parts: Sequence[Part], nodes: Sequence[Node]) -> Iterator[str]:
+    """GPUs that nothing stands on, by part."""
+    have = int(sum(node.gpus for node in nodes))
+    used = {part.name: sum(len(placed.devices) for placed in part.layout.placed) for part in parts}
+    for busy in sorted(set(used.values())):
+        names = [name for name, count in used.items() if count == busy]
+        if busy < have:
+            yield f"{have - busy} of {have} GPUs idle in {' and '.join(names)}"
+
+
+def splits_engines(config: Config) -> bool:
+    """Whether rollout engines can be split over devices (`placement.rollout.tensor_parallel`). The transformers engine, which is the only
+    one, does not; `orchestration/recipe.py` refuses to run it so."""
+    return False
+
+
+def _refused(config: Config) -> Iterator[str]:
+    parts = config.placement.rollout.tensor_parallel
+    if parts > 1 and not splits_engines(config):
+        yield f"placement.rollout.tensor_parallel={parts} is planned only: a run refuses it, since the transformers engine does not split"
 
 
 def groups(config: Config) -> dict[str, list[str]]:
@@ -127,7 +168,8 @@ def _part(config: Config, name: str, found: list[str], roles: dict[str, RolePlan
             # a process for each device; without GPUs, what a rank computes with is in the same memory
             return sum(host * devices + (0 if cuda else device) for device, host, devices in there)
 
-        return max(map(turn_of, turns)) + (store(config) if placed.ranks else 0)
+        loading = sum(roles[role].memory.starting() * roles[role].devices for role, _ in placed.ranks)  # all at the same time
+        return max(loading, *map(turn_of, turns)) + (store(config) if placed.ranks else 0)
 
     return Part(
         name, layout,
@@ -169,8 +211,11 @@ def _uses(config: Config, part: Part, nodes: Sequence[Node], cuda: bool, disk: i
         yield Use(f"device memory in {part.name}", part.device, int(min(n.gpu_memory for n in in_use) * USABLE))
     yield Use(f"host memory in {part.name}", part.host, int(min(n.host_memory for n in in_use) * USABLE), " on one node")
     yield Use("/dev/shm", store(config), min(n.shm for n in in_use), "; lower ray.object_store_mb")
-    local = part.nvme + (disk if len(in_use) == 1 else 0)
-    yield Use("local disk", local, min(n.disk for n in in_use), "" if part.nvme else "; lower commit.keep, or give run_dir a larger disk")
+    here = disk if len(in_use) == 1 else 0
+    what = f"local disk in {part.name}, files of engine.nvme_path {amount(part.nvme)} of it" if part.nvme else "local disk"
+    commits = f"lower commit.keep={config.commit.keep}, or give run_dir a larger disk" if here else ""
+    files = "use more nodes, or keep states in host memory (engine.offload_optimizer=cpu)" if part.nvme else ""
+    yield Use(what, part.nvme + here, min(n.disk for n in in_use), "".join(f"; {word}" for word in (commits, files) if word))
 
 
 def _homeless(part: Part, nodes: Sequence[Node]) -> Iterator[str]:
@@ -207,7 +252,8 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "cluster": found.cluster,
         "nodes": len(found.nodes),
         "roles": {
-            name: {"parameters": role.parameters, "ranks": role.ranks, "devices": role.devices, "bytes_per_rank": role.memory.by_kind()}
+            name: {"parameters": role.parameters, "ranks": role.ranks, "devices": role.devices,
+                   "bytes_per_rank": role.memory.by_kind(), "by_place": role.memory.by_place()}
             for name, role in found.roles.items()
         },
         "placement": {
@@ -224,5 +270,6 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "binds": found.binds,
         "step": found.step.as_dict() if found.step else None,
         "reasons": found.reasons,
+        "notes": found.notes,
         "remedies": [{"changes": list(remedy.changes), "binds": remedy.binds} for remedy in found.remedies],
     }  # fmt: skip

@@ -8,12 +8,15 @@ twice), and a tokenizer that was learned from the data may have fewer tokens tha
 from __future__ import annotations
 
 import copy
+import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,8 @@ from actors.models import LanguageModel, ScalarModel, attention, shape_config
 from conf.schema import Config
 from conf.sizes import Scale
 from orchestration.errors import RequestError
+
+OPT_RUNGS = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,12 @@ def scalar_model(config: Config) -> Shape:
     return _shape(config.model.path or config.policy_checkpoint, config.scale, scalar=True)
 
 
+def longest(config: Config) -> int:
+    """Tokens of the longest sequence of any stage: the policy's context, or `engine.longest` where that is less."""
+    context = language_model(config).context
+    return min(context, config.engine.longest or context)
+
+
 def of_scale(scale: Scale, scalar: bool = False) -> Shape:
     """A rung of the ladder."""
     return _shape(None, scale, scalar)
@@ -88,6 +99,7 @@ def of_scale(scale: Scale, scalar: bool = False) -> Shape:
 def _shape(path: str | None, scale: Scale, scalar: bool) -> Shape:
     if path is None:
         return _counted(scale.name, shape_config(scale, scale.vocabulary), scalar)
+    _check_there(path)
     try:
         hf = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as cause:
@@ -96,6 +108,45 @@ def _shape(path: str | None, scale: Scale, scalar: bool) -> Shape:
             "config.json, or the name of a model on the hub"
         ) from cause
     return _counted(Path(path).name, hf, scalar)
+
+
+@lru_cache(maxsize=1)
+def ladder() -> dict[str, int]:
+    """Name of each rung -> its parameters, read from the names but for the two smallest."""
+    sizes = {"B": 10**9, "M": 10**6}
+    return {"micro": 500_000, "tiny": 1_967_808} | {n: int(float(n[:-1]) * sizes[n[-1].upper()]) for n in OPT_RUNGS}
+
+
+HUB_SECONDS = 5.0
+"""For the hub to answer at all; its client would try again for most of a minute."""
+
+
+def _check_there(path: str) -> None:
+    """
+    Raises:
+        RequestError: it is no folder, not in the cache of the hub, and the hub cannot be reached.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(path).exists() or getproxies():  # behind a proxy only the hub's own client knows
+        return
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:  # no name that the hub could know
+        why = "no such folder"
+    else:
+        if isinstance(cached, str):
+            return
+        host = urlsplit(constants.ENDPOINT)
+        why = "no such folder, not in the cache of the hub, and HF_HUB_OFFLINE forbids to ask it" if constants.HF_HUB_OFFLINE else ""
+        try:
+            if not why:
+                socket.create_connection((host.hostname or "", host.port or (443 if host.scheme == "https" else 80)), HUB_SECONDS).close()
+                return
+        except OSError as cause:
+            why = f"no such folder, not in the cache of the hub, and {host.hostname} cannot be reached ({cause})"
+    raise RequestError(f"model.path={path}: {why}; give a folder with a config.json, or the name of a model on the hub")
 
 
 def on_meta(hf: PretrainedConfig, scalar: bool, layers: int | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:

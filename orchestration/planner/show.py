@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestration.planner.layout import Placed
-from orchestration.planner.memory import KINDS
+from orchestration.planner.memory import KINDS, PLACES
 from orchestration.planner.plan import Part, Plan, amount
 
 FILE_WIDTH = 170
@@ -27,7 +27,9 @@ def show(found: Plan, console: Console | None = None) -> None:
     if found.step:
         _times(out, found)
     out.print(f"commits and exports below run_dir: {amount(found.disk)}")
-    out.print(f"what binds: {found.binds}")
+    out.print(f"what binds: {found.binds}", soft_wrap=True)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
     if found.fits:
         out.print("[green]it fits[/green]")
         return
@@ -46,14 +48,20 @@ def show(found: Plan, console: Console | None = None) -> None:
 def _roles(found: Plan) -> Table:
     """A row for each role, a column for each kind that anybody holds."""
     kept = {name: role.memory.by_kind() for name, role in found.roles.items()}
-    columns = [kind for kind in (*KINDS, "host", "nvme", "disk") if any(sizes[kind] for sizes in kept.values())]
+    columns = [kind for kind in (*KINDS, *PLACES[1:], "loading") if any(sizes[kind] for sizes in kept.values())]
     table = Table(title=f"bytes per rank on {found.cluster}", title_justify="left")
-    for heading in ("role", "model", "ranks", *(name.replace("_", " ") for name in columns)):
+    for heading in ("role", "model", "ranks", *map(_heading, columns)):
         table.add_column(heading, justify="left" if heading == "role" else "right")
     for name, role in found.roles.items():
         ranks = f"{role.ranks} x {role.devices}" if role.devices > 1 else str(role.ranks)
         table.add_row(name, _count(role.parameters), ranks, *(amount(kept[name][kind]) for kind in columns))
     return table
+
+
+def _heading(column: str) -> str:
+    """A column's name, and below it where its bytes lie: the columns of other places hold what was moved there, of all kinds."""
+    where = {"host": "of all kinds", "nvme": "of all kinds", "disk": "of all kinds", "loading": "(host, at first)"}
+    return f"{column.replace('_', ' ')}\n{where.get(column, '(device)')}"
 
 
 def _count(parameters: int) -> str:

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from actors.sharding import stage_in_force
 from conf.machines import Cluster
 from conf.schema import Config
 from orchestration.planner.machines import Node
-from orchestration.planner.shapes import Shape, language_model, scalar_model
+from orchestration.planner.shapes import Shape, language_model, longest, scalar_model
 
 STORE_GB = 2.0
 """GB/s in which weights go through a node's object store: one copy in, one out. An assumption."""
@@ -88,6 +89,9 @@ ARITHMETIC, LAYER = 0.18, 1.05e-3
 """Fitted to DeepSpeed-Chat's published step-3 times (`tests/benchmarks/planning.py`)."""
 READING, EXCHANGE = 0.7, 0.5
 """Assumptions; those times do not tell them apart from arithmetic."""
+CPU_FLOPS, CPU_BYTES, CPU_LAYER = 50e9, 8e9, 1e-3
+"""Of a rank on a machine without GPUs: arithmetic of each thread in fp32, bytes of memory read, seconds of a layer at least. Assumptions:
+such machines differ by several times; `tests/benchmarks/planning.py measured` takes this machine's own."""
 
 
 @dataclass(frozen=True)
@@ -129,22 +133,35 @@ class Step:
         }
 
 
-def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node]) -> Step:
-    """Tokens, seconds and cost of a step on GPUs."""
-    speed = of_cluster(cluster, len(nodes))
+def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node], cuda: bool = True) -> Step:
+    """Tokens, seconds and cost of a step.
+
+    Args:
+        cuda: whether roles stand on GPUs; otherwise speeds are those of an assumed CPU.
+    """
+    speed = of_cluster(cluster, len(nodes)) if cuda else of_cpu(config)
     tokens = lengths(config)
     phases = {name: work.seconds(speed) for name, work in work_of(config, tokens).items()}
     gpus = sum(node.gpus for node in nodes)
-    dollars = cluster.price * gpus * sum(phases.values()) / 3600 if cluster.price else None
-    found = [
-        f"prompts of {tokens.prompt:g} and replies of {tokens.reply:g} tokens, none shorter",
+    dollars = cluster.price * gpus * sum(phases.values()) / 3600 if cluster.price and gpus else None
+    speeds = [
         f"{ARITHMETIC:.0%} of {cluster.gpu_tflops:g} TFLOP/s, {READING:.0%} of {cluster.gpu_bandwidth_gb:g} GB/s in decoding, "
         f"{LAYER * 1e6:.0f} us a layer at least: fitted to DeepSpeed-Chat's published times",
         f"{EXCHANGE:.0%} of the {'network' if len(nodes) > 1 else 'links'}, {STORE_GB:g} GB/s through the object store, {HOST_GB:g} GB/s "
         "to host memory: assumed",
-        "every GPU of the cluster is paid for, in use or not" if dollars is not None else "no price: set cluster.price",
-    ]
+    ] if cuda else [
+        f"{CPU_FLOPS / 1e9:g} GFLOP/s a thread, {CPU_BYTES / 1e9:g} GB/s, {CPU_LAYER * 1e6:.0f} us a layer at least: assumed of any CPU"
+    ]  # fmt: skip
+    paid = f"${cluster.price:g} for each GPU and hour (cluster.price), an assumption; every GPU of the cluster is paid for, in use or not"
+    free = "no cost is planned: cluster.price=0" if gpus else "no cost is planned: there is no GPU to pay for"
+    replies = f"prompts of {tokens.prompt:g} and replies of {tokens.reply:g} tokens, none shorter"
+    found = [replies, *speeds, free if dollars is None else paid]
     return Step(phases, config.ppo.batch * int(tokens.prompt + tokens.reply), dollars, found)
+
+
+def of_cpu(config: Config) -> Speed:
+    """A rank without a GPU; all are taken to be as fast as the policy's."""
+    return Speed(CPU_FLOPS * config.placement.policy.threads, CPU_BYTES, CPU_BYTES, 1.0, 1.0, 1.0, CPU_LAYER)
 
 
 def of_cluster(cluster: Cluster, nodes: int) -> Speed:
@@ -154,7 +171,7 @@ def of_cluster(cluster: Cluster, nodes: int) -> Speed:
 
 def lengths(config: Config) -> Lengths:
     """The longest that they may be: prompts as long as replies where the context has room."""
-    context, reply = language_model(config).context, config.ppo.max_new_tokens
+    context, reply = longest(config), config.ppo.max_new_tokens
     prompt = max(min(reply, context - reply), 1)
     return Lengths(prompt, reply, prompt, reply)
 
@@ -216,14 +233,16 @@ def _learn(config: Config, role: str, shape: Shape, length: float, low: int) -> 
     total = once.times((3 + recomputed) * ppo.epochs)
     if role == "policy" and ppo.ptx > 0:
         steps = ppo.epochs * ppo.minibatches
-        total += _forward(config, shape, ppo.ptx_batch * steps, shape.context, ranks, low).times(3 + recomputed)
+        total += _forward(config, shape, ppo.ptx_batch * steps, longest(config), ranks, low).times(3 + recomputed)
     return total + _adam(config, shape, ranks, low).times(ppo.epochs * ppo.minibatches)
 
 
 def _adam(config: Config, shape: Shape, ranks: int, low: int) -> Work:
     """One optimizer step: reduced gradients, states read and written, new weights for everybody."""
-    share = shape.parameters / (ranks if config.zero_stage() else 1)
-    exchanged = shape.parameters * low * 2.0 if ranks > 1 and config.zero_stage() < 3 else 0.0
+    cuda = config.placement.policy.gpus > 0
+    stage = stage_in_force(config.zero_stage(), config.dtype(), cuda)
+    share = shape.parameters / (ranks if stage else 1)
+    exchanged = shape.parameters * low * 2.0 if ranks > 1 and stage < 3 else 0.0
     if config.offload_optimizer() != "none" and config.zero_stage():
         return Work(exchanged=exchanged, fixed=share * (2 * low / (HOST_GB * 1e9) + 28 / (HOST_ADAM_GB * 1e9)))
     return Work(exchanged=exchanged, read=share * 28)

@@ -196,13 +196,20 @@ def cpu_has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
+INCLUDES = ("/usr/include", "/usr/local/include", f"{sys.prefix}/include")
+"""Where a compiler looks for headers."""
+
+
 def tools() -> dict[str, str]:
-    """Where the compilers are, and the library for reading and writing NVMe without waiting."""
+    """Where the compilers are, and the library for reading and writing NVMe without waiting, with the header that DeepSpeed compiles
+    against."""
     found = {name: shutil.which(name) or "" for name in ("c++", "ninja", "nvcc")}
     if not found["ninja"]:  # pip puts it beside the interpreter, which need not be on the path
         beside = Path(sys.executable).parent / "ninja"
         found["ninja"] = str(beside) if beside.exists() else ""
-    return found | {"libaio": ctypes.util.find_library("aio") or ""}
+    headers = (Path(folder) / "libaio.h" for folder in (*os.environ.get("CPATH", "").split(":"), *INCLUDES) if folder)
+    header = next((str(file) for file in headers if file.exists()), "")
+    return found | {"libaio": ctypes.util.find_library("aio") or "", "libaio.h": header}
 
 
 def hugging_face_cache() -> str:

@@ -90,8 +90,9 @@ class StageContext:
 
     @cached_property
     def longest(self) -> int:
-        """Longest sequence that the SFT model takes."""
-        return int(AutoConfig.from_pretrained(self.input("sft")).max_position_embeddings)
+        """Longest sequence that the SFT model takes, or fewer tokens if `engine.longest` says so."""
+        context = int(AutoConfig.from_pretrained(self.input("sft")).max_position_embeddings)
+        return min(context, self.config.engine.longest or context)
 
     @cached_property
     def chat(self) -> Chat:

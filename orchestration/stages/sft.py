@@ -74,7 +74,8 @@ def pack_length(config: Config, start: Path) -> int | None:
         raise RequestError(
             f"sft.packing=true: in this model ({lm.config.model_type}) the dialogues of a packed row see each other; set sft.packing=false"
         )
-    return config.sft.pack_length or context_length(config)
+    longest = context_length(config)
+    return min(config.sft.pack_length or longest, longest)
 
 
 def assistant_chars(dialogues: list[Dialogue]) -> int:

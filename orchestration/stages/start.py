@@ -87,9 +87,14 @@ def _named(config: Config, path: str, section: str, chat: Chat):
 
 
 def context_length(config: Config) -> int:
-    """Longest sequence the model takes."""
+    """Longest sequence that the model takes, or fewer tokens if `engine.longest` says so."""
     if config.model.path is None:
-        return config.scale.context
+        return within(config, config.scale.context)
     from transformers import AutoConfig
 
-    return int(getattr(AutoConfig.from_pretrained(config.model.path), "max_position_embeddings", config.scale.context))
+    return within(config, int(getattr(AutoConfig.from_pretrained(config.model.path), "max_position_embeddings", config.scale.context)))
+
+
+def within(config: Config, context: int) -> int:
+    """A model's context, or `engine.longest` where that is less."""
+    return min(context, config.engine.longest or context)

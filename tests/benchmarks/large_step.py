@@ -5,8 +5,8 @@
 
 Policy, critic, reference and reward are of the named scale, with random weights and its whole vocabulary, under ZeRO-3 over as many ranks;
 16 prompts of 64 tokens are answered by 64 tokens each (random weights hardly ever end a reply). It is the real command line on real Ray.
-The memory is that of all processes together, pages that several share counted once (`PeakMemory`). The preflight is told to go on: it plans
-for sequences as long as the model's context, 2048 tokens.
+The memory is that of all processes together, pages that several share counted once (`PeakMemory`). No sequence is longer than 160 tokens
+(`engine.longest`), which is what the preflight plans for: a prompt is 64 tokens or one word more, a reply at most 64.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from orchestration.data.world import scenarios
 from tests.benchmarks import runs
 
 PROMPTS, TOKENS, REPLY = 16, 64, 64
+LONGEST = 160
 GIB = 1 << 30
 
 
@@ -84,7 +85,7 @@ def main() -> None:
         "engine.zero_stage=3", "engine.micro_batch=2", "ppo.steps=1", f"ppo.batch={PROMPTS}", f"ppo.max_new_tokens={REPLY}",
         "ppo.minibatches=1", "ppo.epochs=1",
         "ppo.judge.every=0", "ppo.missing_end_penalty=0", "deadlines.start=900", "deadlines.step=900", "logging.progress=false",
-        "ray.object_store_mb=1024", "commit.every=1000", "preflight=warn", "placement.rollout.ranks=1", *ranks, *wanted.settings,
+        "ray.object_store_mb=1024", "commit.every=1000", f"engine.longest={LONGEST}", "placement.rollout.ranks=1", *ranks, *wanted.settings,
     ]  # fmt: skip
     began = time.perf_counter()
     runs.chatray(words, folder / "log.txt")

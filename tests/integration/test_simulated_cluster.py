@@ -3,6 +3,7 @@ with ranks that import no torch."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from orchestration import config as configuration
 from orchestration import preflight
 from orchestration.bundles import bundles
 from orchestration.errors import RequestError
+from orchestration.planner.layout import Layout, lay_out
+from orchestration.planner.machines import Node
 from orchestration.runtime.cluster import RayRuntime
 from orchestration.runtime.group import RoleRequest
 from orchestration.runtime.reservation import reserve
@@ -98,9 +101,34 @@ def test_ranks_of_175b_take_every_bundle_in_the_order_of_nodes_and_devices(clust
             assert len(set(runtime.groups[role].nodes)) == -(-len(places) // GPUS)
             used |= set(places)
         assert used == {(node, device) for node in range(NODES) for device in range(GPUS)}
+        _check_as_planned(planned(config), runtime)
     finally:
         runtime.close()
     assert placement_groups() == []
+
+
+def planned(config: Config) -> Layout:
+    """Where `chatray plan` draws everyone on such a cluster."""
+    layout = lay_out(config.placement, config.roles_of_ppo(), [Node("", CPUS, GPUS, "", 0, 0, 0, 0)] * NODES)
+    assert not layout.homeless
+    return layout
+
+
+def _check_as_planned(layout: Layout, runtime: RayRuntime) -> None:
+    """The same ranks share a node, and each has the devices of that node that were drawn; which node it is, is Ray's to choose."""
+    drawn: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for placed in layout.placed:
+        for device, there in enumerate(placed.devices):
+            for who in there:
+                drawn[who].append(device)
+    given: dict[tuple[str, int], list[int]] = {}
+    on_node: dict[int, set[tuple[str, int]]] = defaultdict(set)
+    for role in SPLIT:
+        for rank, (node, devices) in enumerate(zip(*_placed(runtime, role), strict=True)):
+            given[role, rank] = sorted(devices)
+            on_node[node].add((role, rank))
+    assert given == drawn
+    assert {frozenset(ranks) for ranks in on_node.values()} == {frozenset(placed.ranks) for placed in layout.placed}
 
 
 def _placed(runtime: RayRuntime, role: str) -> tuple[list[int], list[tuple[int, ...]]]:
@@ -115,6 +143,8 @@ def test_roles_that_share_128_devices_get_every_bundle_and_one_more_is_refused(c
         for role in config.roles_of_ppo():
             assert [reserved.slots[role, rank].node for rank in range(128)] == [rank // GPUS for rank in range(128)]
             assert [reserved.slots[role, rank].bundle for rank in range(128)] == [reserved.slots["policy", r].bundle for r in range(128)]
+        drawn = {who: node for node, placed in enumerate(planned(config).placed) for who in placed.ranks}
+        assert {who: slot.node for who, slot in reserved.slots.items()} == drawn
     finally:
         reserved.give_back()
     assert placement_groups() == []

@@ -76,6 +76,21 @@ def test_an_engine_splits_weights_and_cache_over_its_devices() -> None:
     assert two.of("kv_cache") * 2 == one.of("kv_cache")
 
 
+def test_bf16_without_zero_is_planned_as_the_engine_runs_it_on_a_gpu() -> None:
+    config = load("model.dtype=bf16", "placement.policy.ranks=2", "placement.critic.ranks=2", "engine.zero_stage=0")
+    one = load("model.dtype=bf16", "placement.policy.ranks=2", "placement.critic.ranks=2", "engine.zero_stage=1")
+    assert of_role(config, "policy", cuda=True) == of_role(one, "policy", cuda=True)
+    assert of_role(config, "policy", cuda=False) != of_role(one, "policy", cuda=False)
+
+
+def test_whole_models_are_loaded_but_under_zero_3_without_adapters() -> None:
+    whole = 4 * 1_967_808
+    found = {stage: of_role(load(f"engine.zero_stage={stage}"), "policy", cuda=True) for stage in (0, 2, 3)}
+    assert {stage: memory.loading for stage, memory in found.items()} == {0: whole, 2: whole, 3: 0}
+    assert of_role(load("engine.zero_stage=3", "lora.rank=4"), "policy", cuda=True).loading == whole
+    assert found[0].by_place()["loading"] == {"device": 0, "host": whole, "nvme": 0, "disk": 0}
+
+
 def test_a_critic_may_be_of_another_size() -> None:
     config = load()
     larger = replace(config, reward_scale=configuration.load(["scale=125m"]).scale)

@@ -69,3 +69,25 @@ def test_a_model_that_is_not_there_is_an_error_that_names_the_setting(tmp_path: 
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(RequestError, match=r"model\.path="):
         shapes.language_model(configuration.load([f"model.path={tmp_path}"]))
+
+
+def test_a_name_that_is_neither_here_nor_to_be_asked_for_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("it would try again and again")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(shapes, "getproxies", dict)
+    monkeypatch.setattr(shapes.AutoConfig, "from_pretrained", never)
+    with pytest.raises(RequestError, match=r"model\.path=nobody/no-such-model: .*HF_HUB_OFFLINE"):
+        shapes.language_model(configuration.load(["model.path=nobody/no-such-model"]))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(shapes, "getproxies", dict)
+    monkeypatch.setattr(shapes.socket, "create_connection", refused)
+    with pytest.raises(RequestError, match=r"cannot be reached \(no route\)"):
+        shapes.language_model(configuration.load(["model.path=nobody/no-such-model"]))
