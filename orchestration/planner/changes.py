@@ -97,7 +97,7 @@ def _engines(config: Config, nodes: Sequence[Node]) -> Iterator[Change]:
 
 
 def _offloaded(config: Config) -> Iterator[Change]:
-    for what, places in (("offload_optimizer", ("cpu", "nvme")), ("offload_parameters", ("cpu",))):
+    for what, places in (("offload_optimizer", ("cpu", "nvme")), ("offload_parameters", ("cpu", "nvme"))):
         for where in places:
             values: dict[str, Any] = {f"engine.{what}": where}
             if config.zero_stage() < 3:

@@ -29,7 +29,7 @@ from math import ceil
 from typing import Literal
 
 from actors.algorithms.logprobs import CHUNK_LOGITS
-from actors.sharding import PERSISTENT, buckets, stage_in_force
+from actors.sharding import NVME_BUFFERS, PERSISTENT, buckets, stage_in_force
 from conf.schema import Config
 from orchestration.planner.machines import GIB
 from orchestration.planner.shapes import Shape, activations, language_model, longest, scalar_model
@@ -142,13 +142,13 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
         *([Held("to go back to", "host", 2 * 4 * share)] if role == "policy" else []),
         Held("state", "disk", (config.commit.keep + 1) * (masters + _ceil(shape.parameters, ranks) * low)),
     ]
-    return RankMemory(tuple(parts), _loading(config, shape, config.lora.trains(_trained(config, role, shape))))
+    return RankMemory(tuple(parts), _loading(config, shape))
 
 
-def _loading(config: Config, shape: Shape, adapted: bool) -> int:
-    """Under ZeRO-3 each rank reads its own part of each tensor (`actors/engine.py`); elsewhere transformers builds the whole model in fp32,
-    and so it does for adapters to be put into (`filled_by_engine` of `actors/worker.py`)."""
-    return 0 if config.zero_stage() == 3 and not adapted else shape.parameters * 4
+def _loading(config: Config, shape: Shape) -> int:
+    """Under ZeRO-3 each rank reads its own part of each tensor (`actors/engine.py`); elsewhere transformers builds the whole model in
+    fp32."""
+    return 0 if config.zero_stage() == 3 else shape.parameters * 4
 
 
 def _trained(config: Config, role: str, shape: Shape) -> str:
@@ -188,7 +188,7 @@ def frozen(config: Config, shape: Shape, ranks: int, rows: int, tokens: int, cud
     spare = _logits(shape, rows * tokens, learns=False) + _gathered(config, shape, low)
     return RankMemory(
         (*_parameters(config, shape, ranks, low), passing, Held("workspace", "device", spare), *_process(config, shape, ranks, cuda)),
-        _loading(config, shape, adapted=False),
+        _loading(config, shape),
     )
 
 
@@ -230,7 +230,9 @@ def _parameters(config: Config, shape: Shape, ranks: int, low: int) -> list[Held
     share = _share(shape.tensors, ranks) * low
     rest: dict[str, Where] = {"none": "device", "cpu": "host", "nvme": "nvme"}
     whole = [Held("parameters", "device", small)] if ranks > 1 else []
-    return [Held("parameters", rest[config.offload_parameters()], share), *whole]
+    on_the_way = NVME_BUFFERS * _ceil(max(shape.tensors, default=0), ranks) * low
+    passing = [Held("communication", "host", on_the_way)] if config.offload_parameters() == "nvme" else []
+    return [Held("parameters", rest[config.offload_parameters()], share), *whole, *passing]
 
 
 def _share(tensors: Iterable[int], ranks: int) -> int:

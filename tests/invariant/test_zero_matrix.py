@@ -6,11 +6,13 @@ clipped gradients, PPO-ptx) are each cell's own. All cells are held against stag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from actors.critic import Critic
 from actors.models import LanguageModel, ScalarModel, new_causal_lm, save_model
@@ -26,20 +28,24 @@ FIGURES = {"policy_loss", "value_loss", "kl", "update_kl", "policy_grad_norm", "
 Cell = tuple[int, bool, int]
 """ZeRO stage, whether parameters and optimizer are offloaded, ranks."""
 OFFLOADED = ("engine.offload_optimizer=cpu", "engine.offload_parameters=cpu")
+SMALL = ("scale.width=48", "scale.heads=2", "scale.feed_forward=256")
+"""Feed-forward weights are large enough for ZeRO-3 to partition them."""
+LARGE = ("scale.width=512", "scale.heads=8", "scale.feed_forward=2100")
+"""Two ranks' parts of feed-forward weights are large enough for DeepSpeed to put them into files: 1 MiB."""
 # Sums over ranks and micro-batches are taken in another order, which Adam's first steps enlarge: they divide by the gradient's own size.
 FIGURE = {"rel": 2e-4, "abs": 2e-5}
 WEIGHT = {"atol": 5e-5, "rtol": 1e-4}
 
 
-def config(stage: int, offload: bool) -> Config:
-    """Feed-forward weights are large enough for ZeRO-3 to partition them; shares of 8, 4 and 2 rows are cut into micro-batches of 3."""
-    wide = ("scale.width=48", "scale.heads=2", "scale.feed_forward=256", f"engine.zero_stage={stage}", "engine.micro_batch=3")
+def config(stage: int, offload: bool, shape: Sequence[str] = SMALL, more: Sequence[str] = ()) -> Config:
+    """Shares of 8, 4 and 2 rows are cut into micro-batches of 3."""
+    wide = (*shape, *more, f"engine.zero_stage={stage}", "engine.micro_batch=3")
     ppo = {"lr": 2e-3, "critic_lr": 2e-3, "warmup": 2, "adam_epsilon": 1e-4, "max_grad_norm": 0.5, "minibatches": 1, "epochs": 2}
     return with_section(smoke(*wide, *(OFFLOADED if offload else ())), "ppo", batch=ROWS, ptx=0.5, **ppo)
 
 
-def saved_models(folder: Path) -> Path:
-    lm = new_causal_lm(config(0, False).scale, VOCABULARY, 0, 0.0, END, PAD)
+def saved_models(folder: Path, shape: Sequence[str] = SMALL) -> Path:
+    lm = new_causal_lm(config(0, False, shape).scale, VOCABULARY, 0, 0.0, END, PAD)
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.dim() > 1:
@@ -50,9 +56,11 @@ def saved_models(folder: Path) -> Path:
     return folder
 
 
-def learn(rank: int, ranks: int, stage: int, offload: bool, models: Path) -> dict[str, Any]:
-    """Figures of each step, the moves of the policy's and the critic's weights, and the log-probs of the result."""
-    of = config(stage, offload)
+def learn(
+    rank: int, ranks: int, stage: int, offload: bool, models: Path, shape: Sequence[str] = SMALL, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Figures of each step, the policy's and the critic's weights after the last, and how many files hold parts of them meanwhile."""
+    of = config(stage, offload, shape, more)
     policy = Policy(of, str(models / "lm"), RankSpec("policy", rank, ranks, 1))
     critic = Critic(of, str(models / "scalar"), RankSpec("critic", rank, ranks, 1))
     reference = Reference(of, str(models / "lm"), RankSpec("reference", rank, ranks, 1))
@@ -71,7 +79,8 @@ def learn(rank: int, ranks: int, stage: int, offload: bool, models: Path) -> dic
     weights = {
         f"{name}.{key}": w.clone() for name, role in (("policy", policy), ("critic", critic)) for key, w in role.engine.weights().items()
     }
-    return {"figures": figures, "weights": weights}
+    folder = of.engine.nvme_path
+    return {"figures": figures, "weights": weights, "files": len(list(Path(folder).rglob("*.swp"))) if folder else 0}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +105,22 @@ def test_three_ppo_steps_agree_with_stage_0_on_one_rank(
     ranks, models: Path, wanted: dict[str, Any], stage: int, offload: bool, count: int
 ) -> None:
     for found in ranks(count).run(learn, stage, offload, models):
+        for step, figures in enumerate(found["figures"]):
+            assert figures == pytest.approx(wanted["figures"][step], **FIGURE), f"step {step}"
+        for name, tensor in wanted["weights"].items():
+            torch.testing.assert_close(found["weights"][name], tensor, **WEIGHT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow  # DeepSpeed compiles its reading and writing of files for a minute, once per machine
+@pytest.mark.parametrize("optimizer", ["none", "nvme"])
+def test_what_rests_in_files_learns_what_it_learns_in_memory(ranks, optimizer: str, tmp_path: Path) -> None:
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("DeepSpeed's async_io cannot be built here: no libaio with its headers, or no compiler")
+    models = saved_models(tmp_path, LARGE)
+    more = ("engine.offload_parameters=nvme", f"engine.offload_optimizer={optimizer}", f"engine.nvme_path={tmp_path}/files")
+    wanted = ranks(1).run(learn, 0, False, models, LARGE)[0]
+    for found in ranks(2).run(learn, 3, False, models, LARGE, more):
+        assert found["files"] > 0
         for step, figures in enumerate(found["figures"]):
             assert figures == pytest.approx(wanted["figures"][step], **FIGURE), f"step {step}"
         for name, tensor in wanted["weights"].items():

@@ -322,7 +322,7 @@ def test_a_critic_is_counted_in_the_roles_ranks_only_where_there_is_one() -> Non
         (("engine.zero_stage=0", "engine.offload_optimizer=cpu"), "engine.offload_optimizer=cpu: needs ZeRO stage 1 or higher"),
         (("engine.zero_stage=2", "engine.offload_parameters=cpu"), "engine.offload_parameters=cpu: needs ZeRO stage 3 or higher"),
         (("engine.zero_stage=3", "engine.offload_optimizer=nvme"), "engine.nvme_path=null names no folder"),
-        (("engine.zero_stage=3", "engine.offload_parameters=nvme", "engine.nvme_path=/tmp"), "learned other weights with it"),
+        (("engine.zero_stage=2", "engine.offload_parameters=nvme", "engine.nvme_path=/tmp"), "needs ZeRO stage 3 or higher"),
     ],
 )
 def test_offloading_what_the_stage_does_not_cut_up_is_refused(overrides: tuple[str, ...], said: str, tmp_path: Path) -> None:
