@@ -15,6 +15,7 @@ from actors.batch import Batch, Dialogues
 from actors.engine import Engine
 from actors.learning import micro_batches
 from actors.packing import Packed, pack
+from actors.staging import staged
 from actors.worker import language_model
 from conf.schema import SFT, Config, Pretrain
 
@@ -47,7 +48,8 @@ class LanguageTask:
         return getattr(self.config, self.section)
 
     def module(self) -> torch.nn.Module:
-        return lora.adapted(self.config, self.section, language_model(self.config, self.checkpoint, self.settings.dropout))
+        checkpoint = staged(self.checkpoint, self.config.engine.stage_folder)
+        return lora.adapted(self.config, self.section, language_model(self.config, checkpoint, self.settings.dropout))
 
     def batch(self, step: int, rank: int, ranks: int) -> Batch:
         """Every `ranks`-th row of the step's batch; which rows those are depends on the seed and the step alone."""

@@ -19,6 +19,7 @@ from actors.batch import Batch, Comparisons
 from actors.engine import Engine
 from actors.models import load_causal_lm, load_scalar_model
 from actors.reward_network import FeatureModel, scaled, score, statistics, widths
+from actors.staging import staged
 from actors.worker import filled_by_engine
 from conf.schema import Config, RewardModel
 
@@ -64,10 +65,10 @@ class PreferenceTask:
         return self.config.reward_model
 
     def module(self) -> torch.nn.Module:
-        unfilled = filled_by_engine(self.config)
+        unfilled, checkpoint = filled_by_engine(self.config), staged(self.checkpoint, self.config.engine.stage_folder)
         if self.settings.features == ("last",) and self.settings.train == "all":
-            return lora.adapted(self.config, "reward_model", load_scalar_model(self.checkpoint, self.config.seed, unfilled))
-        model = FeatureModel(load_causal_lm(self.checkpoint, unfilled=unfilled), self.settings.features)
+            return lora.adapted(self.config, "reward_model", load_scalar_model(checkpoint, self.config.seed, unfilled))
+        model = FeatureModel(load_causal_lm(checkpoint, unfilled=unfilled), self.settings.features)
         if self.settings.train == "all":
             return lora.adapted(self.config, "reward_model", model)
         model.lm.requires_grad_(False)

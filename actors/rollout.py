@@ -9,6 +9,7 @@ from actors.models import load_causal_lm
 from actors.rank import off_device
 from actors.rollout_transformers import TransformersEngine
 from actors.sampling import RolloutEngine, Sampling
+from actors.staging import staged
 from actors.weight_sync import Arrivals, WeightUpdate, unpack
 from actors.worker import Worker
 
@@ -38,7 +39,7 @@ class Rollout(Worker):
 
     def reload(self, checkpoint: str) -> None:
         """Sample from other weights of the same shape from now on."""
-        self.checkpoint = checkpoint
+        self.checkpoint = staged(checkpoint, self.config.engine.stage_folder)
         self.load()
 
     @off_device

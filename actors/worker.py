@@ -15,6 +15,7 @@ from actors.engine import Engine
 from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, write_model
 from actors.rank import RankSpec as RankSpec
 from actors.sharding import Optimizer, Sharding
+from actors.staging import staged
 from conf.schema import Config
 
 
@@ -28,7 +29,8 @@ class Worker:
         """Args:
         checkpoint: Hugging Face folder of the weights this role starts from.
         """
-        self.config, self.checkpoint, self.spec = config, checkpoint, spec
+        self.config, self.spec = config, spec
+        self.checkpoint = staged(checkpoint, config.engine.stage_folder)
         torch.set_num_threads(spec.threads)
 
     def open_store(self, host: str) -> tuple[str, int]:

@@ -76,6 +76,9 @@ class Engine(Settings):
     scale's."""
     nvme_path: str | None
     """Folder on a fast local disk, on every node, for what is offloaded to `nvme`."""
+    stage_folder: str | None
+    """Folder on a local disk of every node, into which a checkpoint is copied once per node before the node's ranks load it: for run
+    directories on shared storage that is slow. null: ranks read it where it is."""
     activation_checkpointing: bool | None
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more arithmetic; null
     takes the scale's."""

@@ -185,7 +185,9 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
     model = dataclasses.replace(config.model, path=if_local(config.model.path), tokenizer=if_local(config.model.tokenizer))
     reward_model = dataclasses.replace(config.reward_model, path=if_local(config.reward_model.path))
     ppo = dataclasses.replace(config.ppo, rewards=tuple(reward_sources.with_absolute_paths(s, base) for s in config.ppo.rewards))
-    engine = dataclasses.replace(config.engine, nvme_path=resolved(config.engine.nvme_path))
+    engine = dataclasses.replace(
+        config.engine, nvme_path=resolved(config.engine.nvme_path), stage_folder=resolved(config.engine.stage_folder)
+    )
     return dataclasses.replace(
         config, run_dir=str((base / config.run_dir).resolve()), data=data, model=model, ppo=ppo, engine=engine,
         reward_model=reward_model,
