@@ -35,7 +35,7 @@ from orchestration.runtime.cluster import RayRuntime
 from orchestration.runtime.group import RoleRequest
 from orchestration.stages.syncing import WeightSync
 
-SHAPES = {"2m": ("tiny", 4, 128), "13m": ("tiny", 8, 320), "125m": ("125m", 12, 768), "350m": ("350m", 24, 1024)}
+SHAPES = {"2m": ("tiny", 4, 168), "13m": ("tiny", 8, 320), "125m": ("125m", 12, 768), "350m": ("350m", 24, 1024)}
 """Name -> (scale, layers, width); the last two are the scales themselves."""
 WAYS = ("shared_memory", "object_store", "gloo")
 RESAMPLES = 2000
@@ -58,7 +58,7 @@ def settings(size: str, ranks: int, way: str, folder: Path) -> Config:
     if scale == "tiny":
         shape += ["scale.heads=4", f"scale.feed_forward={4 * width}"]
     words = [
-        "experiment=smoke", f"scale={scale}", *shape, f"run_dir={folder / 'run'}", "placement=cpu", "model.dtype=fp32",
+        f"scale={scale}", *shape, f"run_dir={folder / 'run'}", "placement=cpu", "model.dtype=fp32",
         f"placement.policy.ranks={ranks}", f"placement.weight_sync={wanted}", f"placement.policy.threads={2 // ranks}",
         f"engine.zero_stage={3 if ranks > 1 else 0}", "ray.object_store_mb=1024", "preflight=off", "lora.rank=0",
     ]  # fmt: skip
