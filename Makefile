@@ -12,7 +12,7 @@ SEED ?= 0
 JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install install-dev quickstart test test-full lint bench-recipe bench-preferences bench-learning bench-overoptimisation \
+.PHONY: help install install-dev quickstart test test-full lint bench-recipe bench-preferences bench-learning bench-async bench-overoptimisation \
 	bench-ptx mutants notebook clean
 
 help: ## Show this list
@@ -60,6 +60,9 @@ bench-preferences: install ## Reward models against TF-IDF over repeated folds o
 
 bench-learning: install ## The true reward raises the exact grade, its opposite lowers it, a random one does neither (after the quickstart)
 	$(BIN)/python -m tests.benchmarks.learning --run runs/quickstart --jobs $(JOBS)
+
+bench-async: install ## PPO that samples while it learns beside PPO that does not, from the quickstart's models
+	$(BIN)/python -m tests.benchmarks.learning --run runs/quickstart --out runs/bench-async --arms gae ahead --kinds true --jobs $(JOBS)
 
 bench-overoptimisation: install ## PPO with and without its KL penalty, against a weak reward model (after the quickstart)
 	$(BIN)/python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs $(JOBS)

@@ -28,6 +28,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from actors.recomputing import recompute_blocks
 from actors.sharded_state import Snapshot, load_snapshot, load_state, restore_snapshot, save_state, take_snapshot
 from actors.sharding import Optimizer, Sharding, buckets, settings, stage_in_force
+from actors.weights import Gather
 
 # DeepSpeed would compile a shared-memory all-reduce when it first meets gloo: half a minute, and a compiler that may not be there.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -166,12 +167,27 @@ class Engine:
     def whole(self, name: str) -> Tensor | None:
         """One parameter or buffer, whole and on the CPU of rank 0, None elsewhere; under ZeRO-3 every rank must call. It may share memory
         with the model: copy what is kept."""
+        return self.gatherer()(name)
+
+    def gatherer(self, on_device: bool = False) -> Gather:
+        """`whole` for many weights: the model's names are looked up once.
+
+        Args:
+            on_device: leave tensors where the model is.
+        """
         self._check_awake()
-        found = self._tensors().get(name)
-        if found is None:
-            raise KeyError(f"{name}: the model has no weight of this name")
-        with GatheredParameters([found]) if hasattr(found, "ds_id") else contextlib.nullcontext():
-            return found.detach().cpu() if self.rank == 0 else None
+        tensors = self._tensors()
+
+        def whole(name: str) -> Tensor | None:
+            found = tensors.get(name)
+            if found is None:
+                raise KeyError(f"{name}: the model has no weight of this name")
+            with GatheredParameters([found]) if hasattr(found, "ds_id") else contextlib.nullcontext():
+                if self.rank > 0:
+                    return None
+                return found.detach() if on_device else found.detach().cpu()
+
+        return whole
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}

@@ -25,8 +25,9 @@ from actors.rank import off_device
 from actors.sample_figures import Ranks, sample_figures
 from actors.sharded_state import Snapshot, save_snapshot
 from actors.sharding import Optimizer
+from actors.stream import Route, send_all, total_bytes
 from actors.weight_sync import BUCKET_BYTES, WeightUpdate, pack
-from actors.weights import grouped, plain_weights
+from actors.weights import Weight, grouped, plain_weights
 from actors.worker import Worker, export, language_model, make_engine, warmed_up
 
 BEFORE_FOLDER = "before"
@@ -55,10 +56,15 @@ class Policy(Worker):
         model = lora.adapted(self.config, "policy", language_model(self.config, self.checkpoint))
         self.engine = make_engine(self.config, model, optimizer)
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
-        self.plain = plain_weights(self.engine.module)
-        self.buckets = grouped(self.plain, BUCKET_BYTES, item=4)
         self.described: dict[str, float] = {}
+        self._describe_weights()
+
+    def _describe_weights(self) -> None:
+        """What weight sync needs to know of them."""
+        self.plain = plain_weights(self.engine.module)
+        self.buckets = grouped(self.plain, BUCKET_BYTES)
         self.sent: list[Snapshot] = []
+        """What was sent before the weights as they are now; while these have not been sent, the last two that were."""
         self.version: int | None = None
         """Version of the weights as they are now; None once they have learned, until they are sent again."""
 
@@ -167,6 +173,8 @@ class Policy(Worker):
             lr_scale: of the learning rate; below 1 after rollbacks.
         """
         ppo = self.config.ppo
+        if self.version is not None:
+            self.sent = [*self.sent[-1:], self.engine.snapshot(self.version)]
         share = Experience.join(experience)
         totals: dict[str, float] = {}
         first: dict[str, float] = {}
@@ -215,14 +223,35 @@ class Policy(Worker):
         return loss
 
     @off_device
+    def weight_table(self) -> dict[str, Weight]:
+        """What is sent, in its order."""
+        return self.plain
+
+    def send_weights(self, version: int, route: Route) -> None:
+        """All weights to the rollout engines; every rank must call, and rank 0 sends. What is trained of the version before is kept, to be
+        able to go back.
+
+        Raises:
+            WeightSyncError: an engine died, or stood still for `route.seconds`.
+        """
+        stream = self.ends.sender(route, version, total_bytes(self.plain)) if self.spec.rank == 0 else None
+        try:
+            send_all(self.plain, self.engine.gatherer(on_device=route.way in ("cuda_ipc", "nccl")), stream)
+        finally:
+            if stream is not None:
+                stream.close()
+        self._remember(version)
+
+    @off_device
     def bucket_count(self) -> int:
-        """In how many buckets the weights are sent."""
+        """In how many buckets the weights go through the object store."""
         return len(self.buckets)
 
     def weights(self, version: int, bucket: int = 0) -> WeightUpdate | None:
-        """One bucket of the weights for the rollout engines; every rank must call for every bucket, and rank 0 is given it. What is trained
-        of the last two versions is kept, to be able to go back."""
-        found = {name: self.plain[name].gathered(self.engine.whole) for name in self.buckets[bucket]}
+        """One bucket of the weights, for the object store; every rank must call for every bucket, and rank 0 is given it. With the last,
+        what `send_weights` keeps is kept."""
+        gather = self.engine.gatherer()
+        found = {name: self.plain[name].gathered(gather) for name in self.buckets[bucket]}
         if bucket == len(self.buckets) - 1:
             self._remember(version)
         if self.spec.rank > 0:
@@ -230,25 +259,33 @@ class Policy(Worker):
         return pack({name: tensor for name, tensor in found.items() if tensor is not None}, version, bucket, len(self.buckets))
 
     def _remember(self, version: int) -> None:
-        """Keep this rank's share of the weights that were sent, and of those before, to be able to go back."""
-        self.sent, self.version = [*self.sent[-1:], self.engine.snapshot(version)], version
+        """The weights are of this version. Their snapshot waits until they change: engines need not wait for it."""
+        self.sent, self.version = self.sent[-1:], version
+
+    def _before(self) -> Snapshot | None:
+        """This rank's share of the weights sent before the last ones; the last, where none were; None while those are still in place."""
+        return next(iter(self.sent if self.version is None else self.sent[-1:]), None)
 
     def go_back(self) -> int:
         """Take back the weights sent before the last ones, for export and not for training on; returns their version."""
-        self.engine.restore(self.sent[0])
-        return self.sent[0].version
+        before = self._before()
+        if before is None:
+            assert self.version is not None, "going back is from weights that were sent"
+            return self.version
+        self.engine.restore(before)
+        return before.version
 
     def save_state(self, folder: str) -> None:
         """Resume state: the engine's, and the weights to go back to."""
         self.engine.save_state(Path(folder))
-        if self.sent:
-            save_snapshot(self.sent[0], Path(folder) / BEFORE_FOLDER)
+        if before := self._before():
+            save_snapshot(before, Path(folder) / BEFORE_FOLDER)
 
     def load_state(self, folder: str) -> None:
         """The inverse of `save_state`, by any number of ranks."""
         self.engine.load_state(Path(folder))
-        if before := self.engine.load_snapshot(Path(folder) / BEFORE_FOLDER):
-            self.sent = [before]
+        before = self.engine.load_snapshot(Path(folder) / BEFORE_FOLDER)
+        self.sent = [before] if before else []
 
     def export(self, folder: str) -> None:
         export(self.config, self.engine, Path(folder))

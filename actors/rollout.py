@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch import Tensor
 
 from actors.batch import Prompts, Rollouts
 from actors.models import load_causal_lm
 from actors.rank import off_device
 from actors.rollout_transformers import TransformersEngine
+from actors.routes import endpoint
 from actors.sampling import RolloutEngine, Sampling
 from actors.staging import staged
-from actors.weight_sync import Arrivals, WeightUpdate, unpack
+from actors.stream import Endpoint, Route, receive_all, total_bytes
+from actors.weight_sync import BUCKET_BYTES, Arrivals, WeightUpdate, unpack
+from actors.weights import Weight
 from actors.worker import Worker
 
 
@@ -53,6 +59,31 @@ class Rollout(Worker):
         self.arrivals.check(update)
         self.engine.load_weights(unpack(update), update.version if update.last() else None)
         return update.version
+
+    @off_device
+    def receive_weights(self, version: int, route: Route, table: dict[str, Weight]) -> int:
+        """Take over all of the policy's weights while it sends them; returns their version. A sleeping engine takes them where it sleeps.
+
+        Raises:
+            WeightSyncError: the policy died, or stood still for `route.seconds`.
+        """
+        stream = self.ends.receiver(route, self.spec.rank, version, total_bytes(table))
+        try:
+            receive_all(table, stream, self._places(), functools.partial(self._load, version), BUCKET_BYTES)
+        finally:
+            stream.close()
+        return version
+
+    @off_device
+    def endpoint(self) -> Endpoint:
+        return endpoint(on_device=bool(self._places()) and not self.config.placement.sleep)
+
+    def _load(self, version: int, ready: dict[str, Tensor], last: bool) -> None:
+        self.engine.load_weights(ready, version if last else None)
+
+    def _places(self) -> dict[str, Tensor]:
+        """Of an engine that has its weights as the policy has them; others take whole tensors."""
+        return self.engine.places() if hasattr(self.engine, "places") else {}
 
     def sleep(self) -> None:
         self.engine.to(torch.device("cpu"))

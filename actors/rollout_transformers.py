@@ -38,6 +38,11 @@ class TransformersEngine:
         module.to(device)
         self.device = device
 
+    def places(self) -> dict[str, Tensor]:
+        """The weights themselves, by the policy's names: what is written there is in place, and `load_weights` is told so with these very
+        tensors."""
+        return {f"lm.{name}": tensor for name, tensor in self.lm.state_dict(keep_vars=True).items()}
+
     def load_weights(self, weights: dict[str, Tensor], version: int | None) -> None:
         """Replace some weights, or with a version the last of them.
 

@@ -14,8 +14,11 @@ from torch import nn
 from actors.engine import Engine
 from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, write_model
 from actors.rank import RankSpec as RankSpec
+from actors.rank import off_device
+from actors.routes import Ends, endpoint
 from actors.sharding import Optimizer, Sharding
 from actors.staging import staged
+from actors.stream import Endpoint
 from conf.schema import Config
 
 
@@ -32,9 +35,12 @@ class Worker:
         self.config, self.spec = config, spec
         self.checkpoint = staged(checkpoint, config.engine.stage_folder)
         torch.set_num_threads(spec.threads)
+        self.host = "127.0.0.1"
+        self.ends = Ends()
 
     def open_store(self, host: str) -> tuple[str, int]:
         """On rank 0: open the rendezvous on a port the system picks, and say where (no port is guessed, so none is raced for)."""
+        self.host = host
         self._store = dist.TCPStore(host, 0, self.spec.world_size, is_master=True, wait_for_workers=False)
         return host, self._store.port
 
@@ -57,6 +63,16 @@ class Worker:
     def load(self) -> None:
         """Build the model from `checkpoint`."""
         raise NotImplementedError
+
+    @off_device
+    def endpoint(self) -> Endpoint:
+        """Where this rank's weights are, for choosing how they travel. Roles that sleep have theirs now here, now there."""
+        return endpoint(on_device=not self.config.placement.sleep)
+
+    @off_device
+    def open_address(self) -> str:
+        """On rank 0: where rollout ranks find it for broadcasts."""
+        return self.ends.open(self.host) if self.spec.rank == 0 else ""
 
     def engines(self) -> Sequence[Engine]:
         """What of this rank takes device memory; roles that hold other things than one engine say so."""

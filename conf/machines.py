@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from conf.settings import Count, NotNegative, Positive, Settings, Whole
 
@@ -49,6 +50,11 @@ class Placement(Settings):
     """Ranks of the reward model."""
     rollout: RolePlacement
     """Rollout engines, which sample replies."""
+    weight_sync: Literal["auto", "object_store", "shared_memory", "collective"] = "auto"
+    """How new weights get from the policy to the engines. `shared_memory`: all on one machine. `collective`: a broadcast, by NCCL between
+    CUDA devices, else by gloo. `object_store`: through Ray's, works everywhere and copies most. `auto`: CUDA IPC on one device, NCCL
+    between devices, shared memory on one machine, else the object store. With `runtime=local` weights are handed over as
+    they are."""
 
 
 @dataclass(frozen=True)

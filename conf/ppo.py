@@ -61,6 +61,9 @@ class PPO(Settings):
     """Iterations: sample, score, learn."""
     batch: Count
     """Replies per iteration, over all ranks."""
+    staleness: Whole
+    """Updates that the weights that sample may be behind those that learn. 0: sample, then learn. From 1: engines sample so many batches
+    ahead while policy and critic learn; needs `importance_cap`, and roles that do not take turns. Above 1 it evens out long replies."""
     advantage: Literal["gae", "rloo", "grpo", "reinforce"]
     """`gae`: from the values of a critic. The others need none: a reply's score less its KL penalty is compared with the other replies to
     its prompt (`rloo`, `grpo`) or with the batch (`reinforce`); algorithms/baselines.py."""

@@ -179,6 +179,8 @@ class Deadlines(Settings):
     """Seconds for all ranks of the roles to start and load their weights."""
     step: Positive
     """Seconds for any one call to the roles."""
+    sync: Positive
+    """Seconds that policy and engines wait for each other, without progress, while new weights are on their way."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     ratio          the first update starts from the policy that gave the old log-probs: the ratio is 1
     clip           so nothing is clipped in its first minibatch
     reference      before the first update the policy is the reference: their log-probs are the same
-    engine         engine and trainer give a sampled token the same log-prob
-    weights        every reply was sampled by the weights of its step
+    engine         engine and trainer give a sampled token the same log-prob, where both have the same weights
+    weights        every reply was sampled by the weights of its step, or by those that `ppo.staleness` says
     demonstrations the reward model gives demonstrations 0 on average, as its stage has set it (rankings only)
 
 Bounds are rounding, measured on CPUs (BENCHMARKS.md): the same sums in another order where the shapes of batches differ. With fp32 and
@@ -83,19 +83,23 @@ def first_update(figures: Mapping[str, float], dtype: str, own_micro_batches: bo
     ]
 
 
-def every_step(figures: Mapping[str, float], dtype: str, version: int) -> list[Finding]:
+def every_step(figures: Mapping[str, float], dtype: str, version: int, current: int) -> list[Finding]:
     """On the samples of any step.
 
     Args:
-        version: of the weights that the loop has sent to the engines.
+        version: of the weights that must have sampled.
+        current: version of the policy's weights; where it is another, the engine's log-probs are not the trainer's, and must not be.
     """
     far = abs(figures["weight_version_min"] - version) + abs(figures["weight_version_max"] - version)
+    sampled_by = Finding(
+        "weights", far, 0.0,
+        f"all replies were sampled by weights of version {version}",
+        f"engines that missed a sync (versions {figures['weight_version_min']:g} to {figures['weight_version_max']:g} were seen)",
+    )  # fmt: skip
+    if version != current:
+        return [sampled_by]
     return [
-        Finding(
-            "weights", far, 0.0,
-            f"all replies were sampled by weights of version {version}",
-            f"engines that missed a sync (versions {figures['weight_version_min']:g} to {figures['weight_version_max']:g} were seen)",
-        ),
+        sampled_by,
         Finding(
             "engine", figures["engine_gap_mean"], BOUNDS[dtype].engine,
             "engine and trainer give sampled tokens the same log-probs: 0 nats between them on average",

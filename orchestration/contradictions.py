@@ -123,6 +123,13 @@ def _batch_of_ppo(config: Config) -> Iterable[str]:
 def _ppo(config: Config) -> Iterable[str]:
     ppo, ranks = config.ppo, config.placement.policy.ranks
     samples = ppo.samples_per_prompt
+    if ppo.staleness and ppo.importance_cap is None:
+        yield (
+            f"ppo.staleness={ppo.staleness}: samples of older weights must be corrected for; set ppo.importance_cap (2 is usual), or "
+            "ppo.staleness=0"
+        )
+    if ppo.staleness and config.placement.sleep:
+        yield f"ppo.staleness={ppo.staleness}: roles that take turns (placement.sleep=true) cannot sample while others learn; set it to 0"
     if ppo.compares_replies() and samples < 2:
         yield (
             f"ppo.samples_per_prompt={samples}: ppo.advantage={ppo.advantage} compares the replies to one prompt; set it to 2 or more, or "

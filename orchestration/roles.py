@@ -17,7 +17,9 @@ from actors.reward import Reward
 from actors.rewards.source import Texts
 from actors.rollout import Rollout
 from actors.sampling import Sampling
+from actors.stream import Endpoint, Route
 from actors.weight_sync import WeightUpdate
+from actors.weights import Weight
 from conf.schema import Config
 from orchestration.runtime.dispatch import Pieces
 from orchestration.runtime.group import Group, RoleRequest, Runtime
@@ -45,6 +47,20 @@ class PolicyGroup:
         self, experience: Pieces[Experience], pretraining: Pieces[Dialogues], step: int, lr_scale: float = 1.0
     ) -> Pieces[dict[str, float]]:
         return self.group.each(Policy.update, experience, pretraining, step=step, lr_scale=lr_scale)
+
+    def endpoint(self) -> Pieces[Endpoint]:
+        return self.group.each(Policy.endpoint)
+
+    def open_address(self) -> Pieces[str]:
+        """Rank 0's, where engines find it for broadcasts."""
+        return self.group.each(Policy.open_address)
+
+    def weight_table(self) -> Pieces[dict[str, Weight]]:
+        return self.group.each(Policy.weight_table)
+
+    def send_weights(self, version: int, route: Route) -> Pieces[None]:
+        """To rollout engines that are told to receive them at the same time."""
+        return self.group.each(Policy.send_weights, version=version, route=route)
 
     def bucket_count(self) -> Pieces[int]:
         return self.group.each(Policy.bucket_count)
@@ -123,6 +139,12 @@ class RolloutGroup:
 
     def generate(self, prompts: Pieces[Prompts], sampling: Sampling) -> Pieces[Rollouts]:
         return self.group.map(Rollout.generate, prompts, sampling=sampling)
+
+    def endpoint(self) -> Pieces[Endpoint]:
+        return self.group.each(Rollout.endpoint)
+
+    def receive_weights(self, version: int, route: Route, table: Pieces[dict[str, Weight]]) -> Pieces[int]:
+        return self.group.each(Rollout.receive_weights, version=version, route=route, table=table)
 
     def load_weights(self, update: Pieces[WeightUpdate]) -> Pieces[int]:
         return self.group.each(Rollout.load_weights, update=update)

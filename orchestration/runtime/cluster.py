@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import actors
 from actors.rank import RankSpec
+from actors.stream import WeightSyncError
 from actors.worker import Worker
 from conf.schema import Config
 from orchestration.bundles import bundles
@@ -190,22 +191,38 @@ class RayRuntime:
         return ray.get(pieces.items)
 
     def _wait(self, pieces: Sequence[Pieces[Any]], what: str, setting: str, deadline: float) -> None:
-        """One at a time, so that a dead rank ends the wait at once even when its peers now hang in a collective."""
+        """Until the first is done, so that a dead rank ends the wait at once even when its peers now hang in a collective; all that are
+        done by then are looked at together."""
         waiting = {call.done: call for piece in pieces for call in piece.calls}
         while waiting:
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=max(deadline - time.monotonic(), 0), fetch_local=False)
             if not ready:
                 raise RunError(self._diagnosis(waiting, what, setting))
-            call = waiting.pop(ready[0])
+            if len(waiting) > 1:
+                ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
             try:
-                ray.get(call.done)
-            except ray.exceptions.RayError as cause:
+                ray.get(ready)
+            except ray.exceptions.RayError:
+                call, cause = self._origin(waiting, ready)
                 raise RunError(self._failure(call, what, cause)) from cause
+            for done in ready:
+                del waiting[done]
+
+    def _origin(self, waiting: dict[Any, Call], ready: list[Any]) -> tuple[Call, Exception]:
+        """The first call that failed and its error. A stream of weights breaks off at one end when the other end has failed: then it is
+        the other's error, if that comes within a moment."""
+        found = [(waiting[done], error) for done in ready if (error := _error(done))]
+        if all(_of_sync(error) for _, error in found):
+            others = [done for done in waiting if done not in ready]
+            more, _ = ray.wait(others, num_returns=1, timeout=STATE_SECONDS, fetch_local=False) if others else ([], [])
+            found += [(waiting[done], error) for done in more if (error := _error(done))]
+        return next((one for one in found if not _of_sync(one[1])), found[0])
 
     def _failure(self, call: Call, what: str, cause: Exception) -> str:
         if isinstance(cause, ray.exceptions.RayTaskError):
             origin = f"{type(cause.cause).__name__}: {cause.cause}" if cause.cause else str(cause).strip().splitlines()[-1]
-            return f"while waiting for {what}: {call.group.name} rank {call.rank} failed in {call.method}: {origin}"
+            failed = f"while waiting for {what}: {call.group.name} rank {call.rank} failed in {call.method}: {origin}"
+            return "\n".join([f"{failed}. State of each rank:", *self._states()]) if _of_sync(cause) else failed
         reason = " ".join(str(cause).split())[:300]
         return (
             f"while waiting for {what}: {call.group.name} rank {call.rank} died in {call.method} ({reason}); "
@@ -215,12 +232,14 @@ class RayRuntime:
     def _diagnosis(self, waiting: dict[Any, Call], what: str, setting: str) -> str:
         seconds = getattr(self.config.deadlines, setting.removeprefix("deadlines."))
         missing = ", ".join(f"{call.group.name} rank {call.rank} ({call.method})" for call in waiting.values())
-        lines = [f"waited {seconds:g} s ({setting}) for {what}; not done: {missing}. State of each rank:"]
+        return "\n".join([f"waited {seconds:g} s ({setting}) for {what}; not done: {missing}. State of each rank:", *self._states()])
+
+    def _states(self) -> list[str]:
+        """A line for each rank: what it is doing."""
         asked = {(group.name, n): rank.state.remote() for group in self.groups.values() for n, rank in enumerate(group.ranks)}
         answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=STATE_SECONDS)
-        for (name, rank), ref in asked.items():
-            lines.append(f"  {name} rank {rank}: {_answer(ref) if ref in answered else 'does not answer (stopped, or starved of CPU)'}")
-        return "\n".join(lines)
+        silent = "does not answer (stopped, or starved of CPU)"
+        return [f"  {name} rank {rank}: {_answer(ref) if ref in answered else silent}" for (name, rank), ref in asked.items()]
 
     def stop(self) -> None:
         for group in self.groups.values():
@@ -237,6 +256,19 @@ class RayRuntime:
         if self.own_cluster:
             ray.shutdown()
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _of_sync(error: Exception) -> bool:
+    return isinstance(getattr(error, "cause", None), WeightSyncError)
+
+
+def _error(done: Any) -> Exception | None:
+    """What a call that is done failed with."""
+    try:
+        ray.get(done)
+    except ray.exceptions.RayError as cause:
+        return cause
+    return None
 
 
 def _answer(ref: Any) -> str:

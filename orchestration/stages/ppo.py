@@ -4,8 +4,9 @@
                                              +-> reference.logprobs --+-> policy.experience -> policy.update || critic.update
                                              +-> critic.values -------+          |
                                              +-> (policy's own log-probs) -------+
-    then policy.weights -> rollout.load_weights, and a commit every `commit.every` steps
+    then policy.send_weights -> rollout.receive_weights, and a commit every `commit.every` steps
 
+    ahead    with `ppo.staleness` the engines are asked for the next batches before this one is learned from
     watch    checks of each step's samples and of the first update, illnesses, the curve of the held-out judge
     guard    above the KL budget: stop with the weights before, or go back to a commit and on with a higher beta
 
@@ -35,10 +36,12 @@ from orchestration.errors import RequestError
 from orchestration.roles import CriticGroup, PolicyGroup, Roles
 from orchestration.run_directory import ResumePoint
 from orchestration.runtime.dispatch import Pieces, cut
+from orchestration.stages.ahead import Ahead
 from orchestration.stages.context import StageContext
 from orchestration.stages.guarding import KLGuard
 from orchestration.stages.judging import Judge, demonstration_score, judge_prompts
 from orchestration.stages.rewarding import Rewarding, moments_of_scores
+from orchestration.stages.syncing import WeightSync
 from orchestration.stages.watching import Watch
 
 MEASURED_BLOCKS = 256
@@ -85,6 +88,8 @@ class Loop:
         self.learners: dict[str, PolicyGroup | CriticGroup] = {"policy": self.roles.policy}
         if self.ppo.has_critic():
             self.learners["critic"] = self.roles.critic
+        self.weights = WeightSync(self.runtime, self.config, self.roles)
+        self.ahead = Ahead(self.runtime, self.generate, self.ppo.staleness, self.ppo.steps)
         self.guard, self.watch = KLGuard(self.ppo), Watch(self.context)
         self.judge = Judge(self.context, self.roles, self.together, self.judged_on, len(self.prompts))
 
@@ -120,14 +125,18 @@ class Loop:
         return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
 
     def sample(self, step: int) -> Pieces[Rollouts]:
-        """This step's prompts and the replies to them, those to one prompt next to each other: so they reach the same rank."""
+        """This step's replies; those of the next `ppo.staleness` steps are asked for as well."""
+        rollouts = self.ahead.take(step)
+        self.timed("rollout", f"replies of PPO step {step + 1}", rollouts)
+        return rollouts
+
+    def generate(self, step: int) -> Pieces[Rollouts]:
+        """Ask for a step's replies; those to one prompt are next to each other: so they reach the same rank."""
         samples = self.ppo.samples_per_prompt
         index = step_rows(self.prompts.lengths, self.ppo.batch // samples, step, self.config.seed, pool=1)
         pieces = cut(self.prompts.select(index).repeated(samples), self.together, self.config.engine.micro_batch)
         sampling = Sampling(self.ppo.temperature, self.ppo.max_new_tokens, self.config.seed, step)
-        rollouts = self.roles.rollout.generate(self.runtime.put(pieces), sampling)
-        self.timed("rollout", f"replies of PPO step {step + 1}", rollouts)
-        return rollouts
+        return self.roles.rollout.generate(self.runtime.put(pieces), sampling)
 
     def score(self, rollouts: Pieces[Rollouts], step: int) -> tuple[Pieces[Experience], dict[str, float]]:
         """Scores, reference log-probs and values in parallel; from them rewards, advantages and the samples' figures."""
@@ -158,14 +167,12 @@ class Loop:
         return {name: value for found in updates for name, value in self.runtime.get(found, "the updates' figures")[0].items()}
 
     def sync(self, version: int) -> None:
-        """The policy's weights to every rollout engine, one bucket on its way while the next is gathered."""
-        began, loaded = time.perf_counter(), []
-        for bucket in range(self.runtime.get(self.roles.policy.bucket_count(), "the number of weight buckets")[0]):
-            loaded.append(self.roles.rollout.load_weights(self.roles.policy.weights(version, bucket)))
-            self.runtime.wait(*loaded[:-1], what=f"rollout engines to load weights of version {version}")
-            loaded = loaded[-1:]
-        self.runtime.wait(*loaded, what=f"rollout engines to load weights of version {version}")
-        self.phases["seconds_sync"] = time.perf_counter() - began
+        """The policy's weights to every rollout engine, when it has done what was asked of it before."""
+        if self.ppo.staleness:
+            self.timed("ahead", f"replies asked for before weights of version {version}", *self.ahead.batches.values())
+        began = time.perf_counter()
+        sent = self.weights.send(version)
+        self.phases |= {"seconds_sync": time.perf_counter() - began, "sync_bytes": float(sent)}
 
     def timed(self, phase: str, what: str, *pieces: Pieces[Any]) -> None:
         """Wait, and note the seconds as this step's share of a phase."""
@@ -239,6 +246,7 @@ class Loop:
         self.seen = Moments(**point.memory["scores"])
         self.watch.go_back(point.step)
         self.sync(point.step)
+        self.ahead.restore(point.folder, lambda batch: cut(batch, self.together, self.config.engine.micro_batch))
 
     def go_back(self, step: int, kl: float) -> int | None:
         """Within the KL budget again: None, to stop with the weights before these, or the step of a commit to go on from, more gently.
@@ -259,9 +267,10 @@ class Loop:
 
     def commit(self, step: int) -> None:
         """Everything a resume needs: the engines with their optimizers, beta, and the scores' moments. Prompts and samples follow from
-        seed and step."""
+        seed and step; samples of older weights are saved."""
         folder = self.context.directory.begin_state(step)
         saved = [role.save_state(str(folder / name)) for name, role in self.learners.items()]
+        self.ahead.save(step, folder)
         self.runtime.wait(*saved, what=f"the commit of PPO step {step}")
         self.context.directory.seal_state(step, self.memory(self.controller.beta, self.seen_before))
 

@@ -75,7 +75,7 @@ class Watch:
         """Checks of a step's samples.
 
         Args:
-            step: updates made before; the version of the weights that must have sampled.
+            step: updates made before; the version of the policy's weights.
             zero: the demonstrations' mean score, where it was measured.
         """
         if self.config.checks == "off":
@@ -83,7 +83,12 @@ class Watch:
         dtype = self.config.dtype()
         first = checks.before_learning(figures, dtype) if step == 0 else []
         measured = [checks.zero_point(zero, dtype)] if zero is not None else []
-        return self.check([*checks.every_step(figures, dtype, step), *first, *measured])
+        return self.check([*checks.every_step(figures, dtype, self.sampled_by(step), step), *first, *measured])
+
+    def sampled_by(self, step: int) -> int:
+        """Version of the weights that a step's batch is sampled by. The last weights are measured by samples of their own."""
+        ppo = self.config.ppo
+        return step if step == ppo.steps else max(step - ppo.staleness, 0)
 
     def updated(self, figures: dict[str, float]) -> dict[str, Any]:
         """Checks of the first update since the run began, went on, or went back; of its ratios where the old log-probs are the trainer's

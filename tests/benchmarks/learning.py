@@ -4,9 +4,10 @@
     python -m tests.benchmarks.learning --summary
 
 From one SFT checkpoint and one reward model (stages sft, compare and reward_model of the quickstart, run first when they are missing) PPO
-is run for each arm (ways to make advantages, and adapters), kind of reward and seed. The exact grade of one sampled reply to each of the
-same held-out prompts, with the same noise, is compared with the SFT model's. PPO never sees that grade; the reward model knows of it only
-through a labeller's noisy ranks. A wrong sign or wrong credit fails `true` and `flipped`; what is learned beside the reward fails `random`.
+is run for each arm (ways to make advantages, samples of older weights, and adapters), kind of reward and seed. The exact grade of one
+sampled reply to each of the same held-out prompts, with the same noise, is compared with the SFT model's. PPO never sees that grade; the
+reward model knows of it only through a labeller's noisy ranks. A wrong sign or wrong credit fails `true` and `flipped`; what is learned
+beside the reward fails `random`.
 
 Intervals: bootstrap of seeds and prompts (`runs.interval`). Settings are the same for all arms and kinds, but for the advantages, the
 adapters and adapters' learning rate.
@@ -47,6 +48,7 @@ ARMS = {
     "gae": [],
     "rloo": ["ppo.advantage=rloo", GROUPS],
     "grpo": ["ppo.advantage=grpo", GROUPS],
+    "ahead": ["ppo.staleness=1", "ppo.importance_cap=2.0"],
     "lora": ["lora.rank=16", "lora.alpha=32", "lora.roles=[policy,critic]", "ppo.lr=1.0e-3", "ppo.critic_lr=1.0e-3"],
 }
 KINDS = {

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stand_ins
@@ -13,8 +17,11 @@ from stand_ins import DIARY, StandIn
 
 from actors.batch import Experience, Prompts, Rollouts
 from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
+from actors.policy import Policy
 from actors.rewards.source import Texts
+from actors.rollout import Rollout
 from actors.sampling import Sampling
+from actors.weight_sync import unpack
 from conf.schema import Config
 from orchestration import config as configuration
 from orchestration import roles
@@ -22,10 +29,12 @@ from orchestration.data.chat import Chat, learn_tokenizer, load_tokenizer
 from orchestration.data.scoring import ReplyEncoder
 from orchestration.data.world import scenarios
 from orchestration.errors import RunError
-from orchestration.roles import Roles
+from orchestration.roles import PolicyGroup, Roles, RolloutGroup
+from orchestration.runtime.cluster import RayRuntime
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.runtime.group import RoleRequest, Runtime
 from orchestration.stages.rewarding import moments_of_scores
+from orchestration.stages.syncing import WeightSync
 
 ROWS = 8
 STEPS = 3
@@ -158,7 +167,7 @@ def three_steps(runtime: Runtime, started: Roles, models: Path) -> tuple[list[di
         learned = runtime.get(updates[0], "policy")[0] | runtime.get(updates[1], "critic")[0]
         found.append(learned | runtime.get(started.policy.describe(), "samples")[0])
     weights = runtime.get(started.policy.weights(STEPS, 0), "weights")[0]
-    return found, torch.from_numpy(weights.flat.copy())
+    return found, torch.cat([tensor.flatten() for tensor in unpack(weights).values()])
 
 
 SEEN: dict[str, tuple[list[dict[str, float]], torch.Tensor]] = {}
@@ -187,6 +196,65 @@ def test_new_weights_change_what_the_engines_sample(runtime: Runtime, started: R
     policy = torch.cat([p.sum(dim=1) for p in runtime.get(started.policy.logprobs(after_pieces), "policy")])
     torch.testing.assert_close(after.behaviour.sum(dim=1), policy, atol=1e-3, rtol=0)
     assert not torch.equal(before.behaviour[:, : after.behaviour.shape[1]], after.behaviour[:, : before.behaviour.shape[1]])
+
+
+@pytest.mark.parametrize("way", ["auto", "object_store", "shared_memory", "collective"])
+def test_weights_reach_the_engines_on_every_way_with_their_version(runtime: Runtime, started: Roles, models: Path, way: str) -> None:
+    local = type(runtime).__name__ == "LocalRuntime"
+    version = 10 + ["auto", "object_store", "shared_memory", "collective"].index(way)
+    sync = WeightSync(runtime, settings("local" if local else "ray", models, f"placement.weight_sync={way}"), started)
+    started.rollout.group.each(Rollout.reload, checkpoint=str(models / "lm"))  # whatever came before is forgotten
+    sent = sync.send(version)
+    assert sync.way == ("object_store" if local else {"auto": "shared_memory", "collective": "gloo"}.get(way, way))
+    assert sent == sum(weight.bytes() for weight in runtime.get(started.policy.weight_table(), "names")[0].values())
+    pieces = generated(runtime, started, models)
+    rollouts = Rollouts.join(runtime.get(pieces, "rollouts"))
+    assert rollouts.version.unique().tolist() == [version]
+    policy = torch.cat([p.sum(dim=1) for p in runtime.get(started.policy.logprobs(pieces), "policy")])
+    torch.testing.assert_close(rollouts.behaviour.sum(dim=1), policy, atol=1e-3, rtol=0)
+
+
+class Faulty(Rollout):
+    """Stops in the middle of version 2, and dies in the middle of version 3."""
+
+    how: signal.Signals | None = None
+
+    def receive_weights(self, version: int, route: Any, table: Any) -> int:
+        self.how = {2: signal.SIGSTOP, 3: signal.SIGKILL}.get(version)
+        (Path(self.config.run_dir) / "pid").write_text(str(os.getpid()))
+        return super().receive_weights(version, route, table)
+
+    def _places(self) -> dict[str, torch.Tensor]:
+        if self.how is not None:  # policy and engine have met, and nothing is read yet
+            os.kill(os.getpid(), self.how)
+        return super()._places()
+
+
+def test_an_engine_that_stops_or_dies_amid_a_sync_ends_the_run_with_its_name(runtime: Runtime, models: Path, tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    if type(runtime).__name__ == "LocalRuntime":
+        return  # one process: there is nobody left to say it
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    config = settings("ray", models, "deadlines.sync=5", "placement.policy.threads=1", "placement.rollout.threads=1")
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    beside = RayRuntime(config)
+    try:
+        lm = str(models / "lm")
+        asked = (("policy", Policy), ("rollout", Faulty))
+        groups = beside.start([RoleRequest(name, kind, lm, getattr(config.placement, name)) for name, kind in asked])
+        two = Roles(PolicyGroup(groups["policy"]), None, None, None, RolloutGroup(groups["rollout"]))  # type: ignore[arg-type]
+        sync = WeightSync(beside, config, two)
+        sync.send(1)
+        with pytest.raises(RunError) as stopped:
+            sync.send(2)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
+        assert "policy rank 0 failed in send_weights: WeightSyncError: waited 5 s (deadlines.sync) for rollout rank 0" in str(stopped.value)
+        assert "rollout rank 0: does not answer (stopped" in str(stopped.value)
+        with pytest.raises(RunError, match="rollout rank 0 died in receive_weights"):
+            sync.send(3)
+    finally:
+        beside.stop()
 
 
 def test_a_commit_brings_policy_and_critic_back(runtime: Runtime, started: Roles, models: Path, tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ def test_the_first_update_starts_from_ratio_one_and_the_reference(smoke_run: Pat
     assert first["first_clip_share"] == 0 and abs(first["first_kl"]) < 1e-6
 
 
+def test_bytes_and_seconds_of_weight_sync_are_in_every_steps_row(smoke_run: Path) -> None:
+    size = (smoke_run / "round_01/ppo/checkpoint/model.safetensors").stat().st_size
+    for row in read_records(smoke_run / "round_01" / "ppo" / "metrics.jsonl"):
+        assert row["seconds_sync"] > 0
+        assert row["sync_bytes"] == pytest.approx(size, rel=0.1)  # float32 both, and the file has a header
+
+
 def test_no_run_leaves_start_models_or_resume_states(smoke_run: Path) -> None:
     left = [p.name for p in (smoke_run / "round_01").glob("*/*") if p.name in ("start", "state", "ray_train")]
     assert left == []

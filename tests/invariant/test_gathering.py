@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from actors import sharding
 from actors.engine import Engine
 from actors.models import LanguageModel, new_causal_lm
+from actors.policy import Policy
+from actors.rollout import Rollout
 from actors.sharding import Optimizer, Sharding
-from tests.fakes import END, PAD, smoke
+from actors.stream import Route
+from actors.worker import RankSpec
+from tests.fakes import END, PAD, dialogues, experience, saved_lm, smoke
 from tests.ranks import Ranks
 
 VOCABULARY = 1500
@@ -40,3 +48,33 @@ def test_weights_are_gathered_after_a_pass_that_learns_nothing(ranks: Callable[[
     found, other = ranks(2).run(gather_after_scoring)
     assert other == {}
     assert found["lm.model.embed_tokens.weight"].shape[0] == VOCABULARY
+
+
+def send_to_an_engine(rank: int, ranks: int, stage: int, folder: str) -> dict[str, Any]:
+    """Learn, then send what was learned to an engine of other weights; it lives in a thread of rank 0, and each end does its own work."""
+    policy = Policy(smoke(f"engine.zero_stage={stage}", "ppo.minibatches=1"), f"{folder}/policy", RankSpec("policy", rank, ranks, 1))
+    policy.load()
+    route = Route("shared_memory", uuid.uuid4().hex, 1, 60.0)
+    with ThreadPoolExecutor(1) as pool:
+        if rank == 0:
+            engine = Rollout(smoke(), f"{folder}/engine", RankSpec("rollout", 0, 1, 1))
+            engine.load()
+            taking = pool.submit(engine.receive_weights, 5, route, policy.weight_table())
+        policy.update([experience(rank, 4)], [dialogues(0, 2)], step=0)
+        policy.send_weights(5, route)
+        found = {name: tensor.clone() for name, tensor in policy.engine.weights().items()}
+        if rank > 0:
+            return {}
+        assert taking.result(60) == 5 and engine.engine.version == 5  # type: ignore[attr-defined]
+        return {"policy": found, "engine": {f"lm.{name}": tensor for name, tensor in engine.engine.lm.state_dict().items()}}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("count", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_an_engine_holds_what_the_ranks_have_learned_bit_by_bit(
+    count: int, stage: int, ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("policy", "engine")):
+        saved_lm(tmp_path / name, seed)
+    found = ranks(count).run(send_to_an_engine, stage, str(tmp_path))[0]
+    for name, tensor in found["engine"].items():
+        assert torch.equal(tensor, found["policy"][name]), name

@@ -19,7 +19,7 @@ from tests import tiny_ppo
 
 REWARDS = "[{kind: model}, {kind: function, function: 'tests.fakes:brief', weight: 0.1}]"
 BASE = {
-    "steps": 3, "batch": 8, "advantage": "gae", "samples_per_prompt": 1, "minibatches": 2,
+    "steps": 3, "batch": 8, "staleness": 0, "advantage": "gae", "samples_per_prompt": 1, "minibatches": 2,
     "epochs": 1, "lr": 1e-2, "critic_lr": 1e-2, "warmup": 0,
     "kl.controller": "adaptive", "kl.beta": 0.1, "kl.target": 0.01, "kl.horizon": 100.0, "kl.budget": 1e6,
     "dual_clip": "null", "entropy": 0.0, "old_logprobs": "behaviour", "engine_gap_limit": 0.01, "importance_cap": "null",
@@ -29,7 +29,7 @@ BASE = {
     "temperature": 1.0, "max_new_tokens": 8, "ptx": 0.5, "ptx_batch": 4, "weight_decay": 0.0, "adam_epsilon": 1e-5, "max_grad_norm": 1.0,
 }  # fmt: skip
 FLIPPED = {
-    "steps": 2, "batch": 4, "advantage": "reinforce", "samples_per_prompt": 2, "minibatches": 1,
+    "steps": 2, "batch": 4, "staleness": 1, "advantage": "reinforce", "samples_per_prompt": 2, "minibatches": 1,
     "epochs": 2, "lr": 1e-3, "critic_lr": 1e-3, "warmup": 3,
     "kl.controller": "fixed", "kl.beta": 0.5, "kl.target": 100.0, "kl.horizon": 1000.0, "kl.budget": 1e-9,
     "dual_clip": 1.21, "entropy": 0.1, "old_logprobs": "trainer", "engine_gap_limit": 1e-12, "importance_cap": 0.5,
@@ -40,10 +40,10 @@ FLIPPED = {
 }  # fmt: skip
 
 RUNAWAY = {"kl.budget": 1e-3, "guard.action": "rollback"}
-ALONG = {"guard.action": {"kl.budget": 1e-3}, "judge.prompts": {"judge.every": 1}} | {
+ALONG = {"guard.action": {"kl.budget": 1e-3}, "judge.prompts": {"judge.every": 1}, "staleness": {"importance_cap": 2.0}} | {
     f"guard.{name}": RUNAWAY for name in ("beta_factor", "lr_factor", "times")
 }
-"""What a setting needs beside it to count: the guard a KL above the budget, the judge's prompts a judge."""
+"""What a setting needs beside it to count: the guard a KL above the budget, the judge's prompts a judge, stale samples a correction."""
 
 
 @pytest.fixture(scope="module")

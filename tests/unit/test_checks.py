@@ -24,7 +24,7 @@ BROKEN = {
 
 def findings(dtype: str = "fp32", own: bool = False, **changed: Any) -> dict[str, checks.Finding]:
     figures = SOUND | changed
-    found = [*checks.before_learning(figures, dtype), *checks.first_update(figures, dtype, own), *checks.every_step(figures, dtype, 3)]
+    found = [*checks.before_learning(figures, dtype), *checks.first_update(figures, dtype, own), *checks.every_step(figures, dtype, 3, 3)]
     return {finding.name: finding for finding in [*found, checks.zero_point(changed.get("zero", 0.0), dtype)]}
 
 

@@ -167,6 +167,8 @@ def test_an_infinite_learning_rate_is_refused() -> None:
         (["experiment=hh_harmless", "data.heldout_preferences=0"], "data.heldout_preferences=0: the reward model is measured"),
         (["experiment=hh_harmless", "++data.pretrain={format: messages, path: x}"], "data.pretrain.format=messages: plain text is needed"),
         (["reward_model.start=model"], "reward_model.start=model: simulated labellers"),
+        (["ppo.staleness=1"], "ppo.staleness=1: samples of older weights must be corrected for; set ppo.importance_cap"),
+        (["ppo.staleness=1", "ppo.importance_cap=2", "placement.sleep=true"], "roles that take turns (placement.sleep=true) cannot sample"),
         (["placement.critic.tensor_parallel=2"], "placement.critic.tensor_parallel=2: rollout engines alone"),
         (["reward_model.start=own"], "reward_model.start=own: of which size?"),
         (["scale@reward_scale=tiny"], "reward_scale=tiny: it counts with reward_model.start=own only"),
