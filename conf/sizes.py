@@ -76,8 +76,16 @@ class Engine(Settings):
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more arithmetic; null
     takes the scale's."""
     micro_batch: Count
-    """Sequences per forward and backward pass on one rank; less uses less memory and changes no result."""
+    """Sequences per forward and backward pass on one rank at most, and in each piece that batches travel in between roles; less uses less
+    memory and changes no result."""
+    micro_tokens: Count | None
+    """Tokens per forward and backward pass on one rank at most, padding included, in place of `micro_batch` sequences; null: those. It
+    bounds memory as well, and lets short sequences share a pass that long ones fill by themselves."""
     shard_mb: Count
     """Size at which an exported checkpoint goes on in another file, MB; also what loading and exporting hold at once, at most."""
     rollout_batch: Count
     """Replies that one rollout rank samples at once; less uses less memory for keys and values and changes no result."""
+
+    def rows_of(self, tokens: int) -> int:
+        """Sequences of so many tokens in one pass, at most."""
+        return self.micro_batch if self.micro_tokens is None else max(self.micro_tokens // max(tokens, 1), 1)

@@ -93,7 +93,7 @@ def of_role(config: Config, role: str, cuda: bool) -> RankMemory:
         return RankMemory((Held("process", "host", PROCESS),))
     shape = scalar_model(config) if scalar else language_model(config)
     ranks = getattr(config.placement, role).ranks
-    rows, tokens = config.engine.micro_batch, shape.context
+    rows, tokens = config.engine.rows_of(shape.context), shape.context
     if role == "rollout":
         return rollout(config, shape, cuda)
     if role in ("reference", "reward"):

@@ -130,7 +130,7 @@ def _word(value: Any) -> str:
 
 
 def _less_at_once(config: Config) -> Iterator[Change]:
-    for name in ("micro_batch", "rollout_batch"):
+    for name in ("micro_batch" if config.engine.micro_tokens is None else "micro_tokens", "rollout_batch"):
         size = getattr(config.engine, name)
         while size > 1:
             size //= 2
