@@ -89,7 +89,8 @@ class LlamaDecoder:
 
     def __init__(self, lm: PreTrainedModel) -> None:
         config: Any = lm.config
-        self.lm, self.model = lm, lm.base_model
+        self.lm = lm
+        self.model: Any = lm.base_model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.epsilon: float = config.rms_norm_eps
@@ -97,7 +98,8 @@ class LlamaDecoder:
     def start(self, prompts: Prompts, room: int) -> Tensor:
         count, self.place = len(prompts), int(prompts.lengths.max())
         shape = (len(self.model.layers), 2, count, self.kv_heads, self.place + room, self.width)
-        self.cache = torch.empty(shape, dtype=self.lm.dtype, device=prompts.tokens.device)
+        # zeros: what is masked is multiplied by 0, which numbers left in memory need not survive
+        self.cache = torch.zeros(shape, dtype=self.lm.dtype, device=prompts.tokens.device)
         self.position = prompts.lengths.clone()
         self.hidden_places = self._padding(prompts.lengths, room)
         last = torch.empty(count, self.lm.config.hidden_size, dtype=self.lm.dtype, device=prompts.tokens.device)
@@ -121,7 +123,8 @@ class LlamaDecoder:
         """Fill the cache of some sequences; [b, D] after their last tokens."""
         cache = DynamicCache(config=self.lm.config)
         found = self.model(input_ids=prompts.tokens, past_key_values=cache, use_cache=True).last_hidden_state
-        for number, layer in enumerate(cache.layers):
+        layers: Any = cache.layers
+        for number, layer in enumerate(layers):
             for which, states in enumerate((layer.keys, layer.values)):
                 self.cache[number, which, index, :, : prompts.tokens.shape[1]] = states
         return found[torch.arange(len(prompts), device=found.device), prompts.lengths - 1]
@@ -199,7 +202,7 @@ def joined(modules: list[nn.Linear]) -> Tensor:
     return whole
 
 
-def _adjacent(weights: list[nn.Parameter]) -> bool:
+def _adjacent(weights: list[Tensor]) -> bool:
     """Whether they lie below each other in one storage."""
     storage, due = weights[0].untyped_storage().data_ptr(), weights[0].data_ptr()
     for weight in weights:

@@ -6,6 +6,7 @@ import torch
 
 from actors.batch import Prompts, Rollouts
 from actors.models import load_causal_lm
+from actors.precision import computes_in_bf16
 from actors.rank import off_device
 from actors.rollout_transformers import TransformersEngine
 from actors.sampling import RolloutEngine, Sampling
@@ -21,6 +22,8 @@ class Rollout(Worker):
         end = lm.generation_config.eos_token_id
         end = int(end[0] if isinstance(end, list) else end)  # chat models may list several; the first is the turn's end
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.config.dtype() == "bf16" and computes_in_bf16(self.device.type):
+            lm.bfloat16()
         self.engine: RolloutEngine = TransformersEngine(lm, end, self.device)
         self.asleep = False
         self.arrivals = Arrivals()

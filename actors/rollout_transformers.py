@@ -118,14 +118,16 @@ def choose(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, T
     block = _first_above(sums, target)
     inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(dim=-1)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0)
-    chosen = block * BLOCK + _first_above(inside, target - before)
+    chosen = (block * BLOCK + _first_above(inside, target - before)).clamp(max=logits.shape[1] - 1)
     logprobs = scaled.gather(1, chosen) - largest - sums[:, -1:].log().to(scaled.dtype)
     return chosen[:, 0], logprobs[:, 0]
 
 
 def _first_above(sums: Tensor, target: Tensor) -> Tensor:
-    """[B, 1]: the first of each row's ascending sums, [B, N], that exceeds its target, [B, 1]; rounding must not lead beyond the last."""
-    return torch.searchsorted(sums, torch.minimum(target, sums[:, -1:] * (1 - 2**-52)), right=True)
+    """[B, 1]: the first of each row's ascending sums, [B, N], that exceeds its target, [B, 1]. Neither rounding nor
+    logits that are no numbers may lead beyond the last."""
+    found = torch.searchsorted(sums, torch.minimum(target, sums[:, -1:] * (1 - 2**-52)), right=True)
+    return found.clamp(max=sums.shape[1] - 1)
 
 
 def uniforms(keys: Tensor, sampling: Sampling, count: int) -> Tensor:

@@ -55,7 +55,8 @@ class Model(Settings):
     tokenizer: str | None
     """A Hugging Face tokenizer, by local path or hub name; null takes the model's own, or learns one when the model is from scratch."""
     dtype: Literal["fp32", "bf16"] | None
-    """Arithmetic of forward and backward passes; master weights are always fp32. null takes the scale's."""
+    """Arithmetic of forward and backward passes, and of sampling; master weights are always fp32. null takes the scale's. A CPU without
+    instructions for bf16 computes in fp32 instead, since emulating them is slower (`chatray doctor` says which it is)."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,10 @@ def sent_by(policy: Policy, version: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("more", [(), ("model.dtype=bf16",)], ids=["fp32", "bf16"])
-def test_the_reference_is_bit_equal_to_a_frozen_one_before_and_after_training(folders: dict[str, str], more: tuple[str, ...]) -> None:
+def test_the_reference_is_bit_equal_to_a_frozen_one_before_and_after_training(
+    folders: dict[str, str], more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.engine.computes_in_bf16", lambda device: True)
     pieces = [rollouts(3, 4), rollouts(4, 4)]
     frozen = role(Reference, folders["lm"], config(0, 3, *more)).logprobs(pieces, 0.7)
     fresh = role(Policy, folders["lm"], config(0, 3, *more, temperature=0.7))

@@ -293,3 +293,19 @@ def test_summing_by_blocks_draws_the_token_that_summing_everything_draws(seed: i
     below = float(sums[chosen - 1]) if int(chosen) else 0.0
     assert below - 1e-12 <= noise * float(sums[-1]) <= float(sums[chosen]) + 1e-12
     torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=-1)[0, chosen])
+
+
+def test_what_memory_held_before_is_nowhere_in_a_sample(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = replies(engine.generate(prompts(6), SAMPLING))
+    plain = torch.empty
+
+    def spoilt(*sizes: Any, **how: Any) -> torch.Tensor:
+        return plain(*sizes, **how).fill_(math.nan) if how.get("dtype") is torch.float32 else plain(*sizes, **how)
+
+    monkeypatch.setattr(torch, "empty", spoilt)
+    assert replies(engine.generate(prompts(6), SAMPLING)) == wanted
+
+
+def test_logits_that_are_no_numbers_give_a_token_that_exists() -> None:
+    chosen, logprobs = choose(torch.full((2, 70), math.nan), torch.tensor([0.1, 0.9], dtype=torch.float64), 1.0)
+    assert ((chosen >= 0) & (chosen < 70)).all() and logprobs.isnan().all()
