@@ -26,6 +26,7 @@ class Rollout(Worker):
             lm.bfloat16()
         self.engine: RolloutEngine = TransformersEngine(lm, end, self.device)
         self.asleep = False
+        self.counted: list[int] = []
         self.arrivals = Arrivals()
 
     def generate(self, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
@@ -37,7 +38,14 @@ class Rollout(Worker):
         rollouts = Rollouts.join([self.engine.generate(batch, sampling) for batch in batches]).select(order.argsort())
         sizes = [len(piece) for piece in pieces]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return [rollouts.select(slice(start, start + size)).trimmed() for start, size in zip(starts, sizes, strict=True)]
+        found = [rollouts.select(slice(start, start + size)).trimmed() for start, size in zip(starts, sizes, strict=True)]
+        self.counted = [int(piece.lengths.sum()) for piece in found]
+        return found
+
+    @off_device
+    def token_counts(self) -> list[int]:
+        """Tokens of each piece that `generate` gave back last, prompts and replies."""
+        return self.counted
 
     def reload(self, checkpoint: str) -> None:
         """Sample from other weights of the same shape from now on."""

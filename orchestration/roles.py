@@ -124,6 +124,10 @@ class RolloutGroup:
     def generate(self, prompts: Pieces[Prompts], sampling: Sampling) -> Pieces[Rollouts]:
         return self.group.map(Rollout.generate, prompts, sampling=sampling)
 
+    def token_counts(self) -> Pieces[list[int]]:
+        """Tokens of each piece that each rank gave back last."""
+        return self.group.each(Rollout.token_counts)
+
     def load_weights(self, update: Pieces[WeightUpdate]) -> Pieces[int]:
         return self.group.each(Rollout.load_weights, update=update)
 

@@ -20,7 +20,10 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
+
+import torch
 
 from actors.algorithms.kl import KLController
 from actors.algorithms.running import Moments
@@ -34,6 +37,7 @@ from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
 from orchestration.roles import CriticGroup, PolicyGroup, Roles
 from orchestration.run_directory import ResumePoint
+from orchestration.runtime.balancing import balanced, in_balance
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.stages.context import StageContext
 from orchestration.stages.guarding import KLGuard
@@ -120,14 +124,20 @@ class Loop:
         return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
 
     def sample(self, step: int) -> Pieces[Rollouts]:
-        """This step's prompts and the replies to them, those to one prompt next to each other: so they reach the same rank."""
+        """This step's prompts and the replies to them, those to one prompt next to each other: so they reach the same rank. Ranks get
+        about as many tokens of prompts, and then of both."""
         samples = self.ppo.samples_per_prompt
         index = step_rows(self.prompts.lengths, self.ppo.batch // samples, step, self.config.seed, pool=1)
-        pieces = cut(self.prompts.select(index).repeated(samples), self.together, self.config.engine.micro_batch)
+        if self.together > 1 and len(index) % self.together == 0:
+            index = index[torch.tensor(list(chain(*balanced(self.prompts.lengths[index].tolist(), self.together))))]
+        pieces = cut(self.prompts.select(index).repeated(samples), self.together, self.config.engine.micro_batch, samples)
         sampling = Sampling(self.ppo.temperature, self.ppo.max_new_tokens, self.config.seed, step)
         rollouts = self.roles.rollout.generate(self.runtime.put(pieces), sampling)
         self.timed("rollout", f"replies of PPO step {step + 1}", rollouts)
-        return rollouts
+        if self.together == 1:
+            return rollouts
+        tokens = list(chain(*self.runtime.get(self.roles.rollout.token_counts(), "lengths of the replies")))
+        return in_balance(rollouts, tokens, self.together, whole=len(pieces[0]) % samples == 0)
 
     def score(self, rollouts: Pieces[Rollouts], step: int) -> tuple[Pieces[Experience], dict[str, float]]:
         """Scores, reference log-probs and values in parallel; from them rewards, advantages and the samples' figures."""

@@ -1,10 +1,11 @@
-"""Seconds of one iteration of PPO by phase, in one process without Ray: generation, scoring, learning; variants beside each other.
+"""CPU seconds of one iteration of PPO by phase, in one process without Ray: generation, scoring, learning; variants beside each other.
 
-    python -m tests.benchmarks.tokens                               # what settings change, at two shapes
-    python -m tests.benchmarks.tokens --against ../before --only natural   # beside another checkout of this repository
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.tokens --against ../before --only natural   # beside another checkout of this repository
+    python -m tests.benchmarks.tokens --variant engine.micro_tokens=1024                     # beside other settings
 
 Each variant is a process of its own that keeps its models; they take turns, one iteration each, so that what the machine does besides
-hits all alike. Reported are medians, and the median of each pair's ratio to the first variant with a 90% interval of the median.
+hits all alike; and it is CPU time that is counted, for the same reason. Reported are medians, and the median of each pair's ratio to
+the first variant with a 90% interval of the median.
 
 `fixed`: a random model of 3.7M parameters whose replies have all 64 tokens. `natural`: 2.0M parameters that learned to end after about
 16 of 64 tokens. 64 replies, 4 epochs of 4 minibatches, prompts of 16 to 48 tokens.
@@ -78,7 +79,7 @@ class Iteration:
 
         process_group_of_one()
         common = [f"ppo.batch={PROMPTS}", f"ppo.max_new_tokens={LIMIT}", "ppo.epochs=4", "ppo.minibatches=4", "model.dtype=fp32"]
-        common += ["ppo.lr=1e-6", "ppo.critic_lr=1e-6", "scale.context=256", "engine.micro_batch=64"]
+        common += ["ppo.lr=1e-6", "ppo.critic_lr=1e-6", "scale.context=256", "engine.micro_batch=16"]
         self.config = configuration.load(["experiment=smoke", "runtime=local", *SHAPES[shape], *common, *words])
         generator = torch.Generator().manual_seed(0)
         self.lengths = torch.randint(16, 49, (PROMPTS,), generator=generator)
@@ -124,9 +125,6 @@ class Iteration:
 
 def work(shape: str, folder: Path, words: list[str]) -> None:
     """One variant: an iteration for each line that comes in, its figures as a line that goes out."""
-    import torch
-
-    torch.set_num_threads(2)
     iteration = Iteration(shape, folder, words)
     print("ready", flush=True)
     for line in sys.stdin:
