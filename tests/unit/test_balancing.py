@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.batch import Rollouts
+from actors.batch import Prompts, Rollouts
 from orchestration.runtime.balancing import balanced, in_balance
 from orchestration.runtime.dispatch import PIECES, Pieces, cut, shares
-from tests.fakes import quickly, rollouts
+from orchestration.stages.ppo import Loop
+from tests.fakes import quickly, rollouts, smoke, with_section
 
 
 def sums(weights: list[int], bins: list[list[int]]) -> list[int]:
@@ -71,3 +73,33 @@ def test_pieces_to_be_balanced_are_several_and_hold_whole_prompts(rows: int, tog
     assert len(pieces) >= min(PIECES * together, rows // whole)
     assert Rollouts.join(pieces).keys.equal(batch.keys)
     assert len(cut(rollouts(0, 8), 1, 8, 2)) == 1  # nothing to balance
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_ppos_replies_reach_the_ranks_by_their_tokens_and_no_prompt_is_torn(samples: int) -> None:
+    asked = rollouts(0, 32)
+    prompts = Prompts(asked.tokens, asked.lengths, torch.stack([torch.arange(32), torch.zeros(32, dtype=torch.long)], dim=1))
+    given: list[Prompts] = []
+
+    def generate(pieces: Pieces[Prompts], sampling: object) -> Pieces[Prompts]:
+        given.extend(pieces.items)
+        return Pieces(pieces.items, [])
+
+    def counts() -> Pieces[list[int]]:  # two ranks, each of its own share
+        return Pieces([[int(piece.lengths.sum()) ** 2 for piece in part] for part in shares(given, 2)], [])
+
+    config = with_section(smoke(), "ppo", batch=32, samples_per_prompt=samples, minibatches=1)
+    loop = SimpleNamespace(
+        ppo=config.ppo, config=config, prompts=prompts, together=2, timed=lambda *_: None,
+        runtime=SimpleNamespace(put=lambda items: Pieces(items, []), get=lambda pieces, what: pieces.items),
+        roles=SimpleNamespace(rollout=SimpleNamespace(generate=generate, token_counts=counts)),
+    )  # fmt: skip
+    found = Loop.sample(loop, 0)  # type: ignore[arg-type]
+    assert sorted(map(id, found.items)) == sorted(map(id, given))
+    by_rank = [{int(name) for piece in part for name in piece.keys[:, 0]} for part in shares(found.items, 2)]
+    assert not by_rank[0] & by_rank[1] and len(by_rank[0] | by_rank[1]) == 32 // samples
+    prompted = [sum(int(piece.lengths.sum()) for piece in part) for part in shares(given, 2)]
+    assert abs(prompted[0] - prompted[1]) <= 2 * samples
+    replied = [sum(int(piece.lengths.sum()) ** 2 for piece in part) for part in shares(found.items, 2)]
+    as_sampled = [sum(int(piece.lengths.sum()) ** 2 for piece in part) for part in shares(given, 2)]
+    assert abs(replied[0] - replied[1]) <= abs(as_sampled[0] - as_sampled[1])
