@@ -10,8 +10,9 @@ from torch import Tensor
 from actors import lora
 from actors.algorithms.masking import moments
 from actors.algorithms.ppo import value_loss
-from actors.batch import Experience, Rollouts
-from actors.learning import in_step, minibatches, optimizer_step
+from actors.batch import Dialogues, Experience, Rollouts
+from actors.learning import in_passes, minibatches, optimizer_step
+from actors.micro_batches import limit
 from actors.models import before_each
 from actors.sharding import Optimizer
 from actors.worker import Worker, export, make_engine, scalar_model, warmed_up
@@ -30,9 +31,9 @@ class Critic(Worker):
     @torch.no_grad()
     def values(self, pieces: list[Rollouts]) -> list[Tensor]:
         """[B, T] for each piece: the value of the state in which each reply token was chosen."""
-        return in_step(self.engine, pieces, lambda piece: self._values(piece).cpu())
+        return in_passes(self.engine, pieces, self._values, limit(self.config.engine))
 
-    def _values(self, rows: Rollouts | Experience) -> Tensor:
+    def _values(self, rows: Dialogues | Experience) -> Tensor:
         return before_each(self.engine(rows.tokens.to(self.engine.device)), rows.mask.to(self.engine.device))
 
     def update(self, experience: list[Experience], step: int) -> dict[str, float]:
@@ -54,7 +55,7 @@ class Critic(Worker):
             rows = rows.to(self.engine.device)
             return value_loss(self._values(rows), rows.old_values, rows.returns, rows.mask, self.config.ppo.value_clip, tokens)
 
-        norm = optimizer_step(self.engine, [(loss, minibatch)], self.config.engine.micro_batch, lr, total)
+        norm = optimizer_step(self.engine, [(loss, minibatch)], limit(self.config.engine), lr, total)
         return {"value_loss": float(self.engine.sum_over_ranks(total)), "critic_grad_norm": norm, "critic_lr": lr}
 
     def _explained(self, share: Experience) -> dict[str, float]:

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():  # must stand before the import: DeepSpeed pic
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 
+from actors.precision import computes_in_bf16
 from actors.recomputing import recompute_blocks
 from actors.sharded_state import Snapshot, load_snapshot, load_state, restore_snapshot, save_state, take_snapshot
 from actors.sharding import Optimizer, Sharding, buckets, settings, stage_in_force
@@ -50,10 +51,11 @@ class Engine:
         self.trains = optimizer is not None
         self.asleep = False
         self.device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        # On a CPU, bf16 is autocast over fp32 weights; on CUDA, DeepSpeed keeps bf16 weights beside fp32 masters.
-        self.autocast = sharding.dtype == "bf16" and self.device.type == "cpu"
-        bf16 = sharding.dtype == "bf16" and not self.autocast
-        sharding = replace(sharding, stage=stage_in_force(sharding.stage, sharding.dtype, self.device.type == "cuda"))
+        # On a CPU, bf16 is autocast over fp32 weights, if it has it; on CUDA, DeepSpeed keeps bf16 weights beside fp32 masters.
+        wanted = sharding.dtype == "bf16" and computes_in_bf16(self.device.type)
+        self.autocast = wanted and self.device.type == "cpu"
+        bf16 = wanted and not self.autocast
+        sharding = replace(sharding, stage=stage_in_force(sharding.stage, "bf16" if bf16 else "fp32", self.device.type == "cuda"))
         self.zero_stage = sharding.stage
         self.max_grad_norm = optimizer.max_grad_norm if optimizer else 0.0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

@@ -13,7 +13,7 @@ from actors import lora
 from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues
 from actors.engine import Engine
-from actors.learning import micro_batches
+from actors.micro_batches import limit, micro_batches
 from actors.packing import Packed, pack
 from actors.staging import staged
 from actors.worker import language_model
@@ -80,7 +80,7 @@ class LanguageTask:
     @torch.no_grad()
     def _total_loss(self, engine: Engine, rows: Dialogues) -> float:
         total = 0.0
-        for piece in micro_batches(rows, 4 * self.config.engine.micro_batch):
+        for piece in micro_batches(rows, limit(self.config.engine).times(4)):
             piece = piece.to(engine.device)
             total += float(language_loss(engine(piece.tokens, piece.mask)[0], piece.mask, 1.0))
         return total

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.batch import Batch, Comparisons
+from actors.batch import Batch, Dialogues
 from actors.engine import Engine
+from actors.micro_batches import Limit, micro_batches, planned
 
 B = TypeVar("B", bound=Batch)
 P = TypeVar("P")
 R = TypeVar("R")
+
+
+class Scorable(Protocol):
+    """Rows that are scored one by one."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
 
 
 def minibatches(share: B, epochs: int, count: int, key: tuple[int, ...]) -> Iterator[B]:
@@ -26,32 +42,10 @@ def minibatches(share: B, epochs: int, count: int, key: tuple[int, ...]) -> Iter
             yield share.select(rows)
 
 
-def micro_batches(rows: B, size: int) -> list[B]:
-    """Pieces of about `size` rows of similar length, without columns that are padding throughout.
-
-    Rows that are compared with each other (`Comparisons.group`) stay in one piece, which may make it larger than `size`.
-    """
-    by_length = rows.lengths.argsort(stable=True)  # type: ignore[attr-defined]
-    index = _whole_groups(rows, size) if isinstance(rows, Comparisons) else by_length.split(size)
-    return [rows.select(chosen).trimmed() for chosen in index]
-
-
-def _whole_groups(rows: Comparisons, size: int) -> list[Tensor]:
-    names, number = torch.unique(rows.group, return_inverse=True)
-    longest = torch.zeros(len(names), dtype=torch.long).scatter_reduce(0, number, rows.lengths, "amax")
-    pieces: list[list[Tensor]] = [[]]
-    for name in longest.argsort(stable=True):
-        members = (number == name).nonzero()[:, 0]
-        if pieces[-1] and sum(map(len, pieces[-1])) + len(members) > size:
-            pieces.append([])
-        pieces[-1].append(members)
-    return [torch.cat(piece) for piece in pieces]
-
-
 def optimizer_step(
     engine: Engine,
     losses: Sequence[tuple[Callable[[Any], Tensor], Batch]],
-    micro_batch: int,
+    most: Limit,
     lr: float,
     total: Tensor | None = None,
 ) -> float:
@@ -67,7 +61,7 @@ def optimizer_step(
     Raises:
         ValueError: a rank has no rows; all ranks raise it.
     """
-    work = [(loss, piece) for loss, rows in losses if len(rows) for piece in micro_batches(rows, micro_batch)]
+    work = [(loss, piece) for loss, rows in losses if len(rows) for piece in micro_batches(rows, most)]
     wanted = agreed_count(len(work), engine)
     for number in range(wanted):
         loss, piece = work[min(number, len(work) - 1)]
@@ -91,6 +85,31 @@ def in_step(engine: Engine, pieces: Sequence[P], run: Callable[[P], R]) -> list[
     for _ in range(wanted - len(pieces)):
         run(pieces[-1])
     return found
+
+
+def in_passes(engine: Engine, pieces: Sequence[Scorable], run: Callable[[Dialogues], Tensor], most: Limit) -> list[Tensor]:
+    """What `run` gives for each piece, [B] or [B, T], computed in passes that are cut from the rows of all pieces together.
+
+    Args:
+        run: gives [b] or [b, t] for some rows, without gradients; each row's numbers may depend on that row alone.
+
+    Raises:
+        ValueError: as `in_step`.
+    """
+    if not pieces:
+        return in_step(engine, [], run)
+    rows = Dialogues.join([Dialogues(piece.tokens, piece.lengths, piece.mask) for piece in pieces])
+    plan = planned(rows, most)
+    passes = [rows.select(index).trimmed() for index in plan]
+    results = in_step(engine, passes, lambda part: run(part).cpu())
+    found = torch.zeros(rows.tokens.shape if results[0].dim() > 1 else rows.lengths.shape, dtype=results[0].dtype)
+    for index, result in zip(plan, results, strict=True):
+        if result.dim() > 1:
+            found[index, : result.shape[1]] = result
+        else:
+            found[index] = result
+    parts = found.split([len(piece) for piece in pieces])
+    return [part[:, : piece.tokens.shape[1]].clone() if part.dim() > 1 else part.clone() for part, piece in zip(parts, pieces, strict=True)]
 
 
 def agreed_count(count: int, engine: Engine) -> int:

@@ -20,7 +20,8 @@ from actors.algorithms.ppo import policy_loss
 from actors.algorithms.running import Moments, normalised
 from actors.algorithms.supervised import language_loss
 from actors.batch import Batch, Dialogues, Experience, Rollouts, join_rows
-from actors.learning import in_step, minibatches, optimizer_step
+from actors.learning import in_passes, minibatches, optimizer_step
+from actors.micro_batches import limit, padding_share, spent
 from actors.rank import off_device
 from actors.sample_figures import Ranks, sample_figures
 from actors.sharded_state import Snapshot, save_snapshot
@@ -57,6 +58,7 @@ class Policy(Worker):
         self.engine = make_engine(self.config, model, optimizer)
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
         self.described: dict[str, float] = {}
+        self.most = limit(self.config.engine)
         self._describe_weights()
 
     def _describe_weights(self) -> None:
@@ -71,16 +73,22 @@ class Policy(Worker):
     @torch.no_grad()
     def logprobs(self, pieces: Sequence[Rollouts | Dialogues]) -> list[Tensor]:
         """[B, T] for each piece: rollouts at the sampling temperature, text at 1."""
-        return in_step(self.engine, pieces, lambda piece: self._current(piece)[0].cpu())
+        temperature = 1.0 if pieces and isinstance(pieces[0], Dialogues) else self.config.ppo.temperature
+        return self._scored(pieces, temperature)
 
     @torch.no_grad()
     def reference_logprobs(self, pieces: Sequence[Rollouts | Dialogues], temperature: float) -> list[Tensor]:
         """What `Reference.logprobs` would give: the policy of before any training, which is this one with its adapters off."""
-        device = self.engine.device
         with lora.switched_off(self.engine.module):
-            return in_step(
-                self.engine, pieces, lambda piece: self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu()
-            )
+            return self._scored(pieces, temperature)
+
+    def _scored(self, pieces: Sequence[Rollouts | Dialogues], temperature: float) -> list[Tensor]:
+        device = self.engine.device
+
+        def run(rows: Dialogues) -> Tensor:
+            return self.engine(rows.tokens.to(device), rows.mask.to(device), temperature)[0]
+
+        return in_passes(self.engine, pieces, run, self.most)
 
     def _current(self, rows: Rollouts | Experience | Dialogues) -> tuple[Tensor, Tensor]:
         temperature = 1.0 if isinstance(rows, Dialogues) else self.config.ppo.temperature
@@ -103,7 +111,8 @@ class Policy(Worker):
         learned = self._advantages(shaped, [self._rewards(piece, o, beta) for piece, o in zip(shaped, old, strict=True)])
         advantages = self._whitened([a for a, _ in learned], rollouts)
         whole = Rollouts.join(rollouts), torch.cat(scores), join_rows(old), join_rows(reference)
-        self.described = sample_figures(*whole, self._ranks()) | gap | self._k3_per_token(scored, old)
+        padding = {"scoring_padding": padding_share(self.engine.sum_over_ranks(spent(whole[0], self.most)))}
+        self.described = sample_figures(*whole, self._ranks()) | gap | self._k3_per_token(scored, old) | padding
         return [
             Experience(r.tokens, r.lengths, r.mask, logprobs, piece.values, advantage, returns, r.behaviour)
             for r, piece, logprobs, advantage, (_, returns) in zip(rollouts, scored, old, advantages, learned, strict=True)
@@ -179,7 +188,9 @@ class Policy(Worker):
         totals: dict[str, float] = {}
         first: dict[str, float] = {}
         batches = minibatches(share, ppo.epochs, ppo.minibatches, (self.config.seed, step, self.spec.rank))
+        tokens = torch.zeros(2, dtype=torch.float64)
         for number, minibatch in enumerate(batches):
+            tokens += spent(minibatch, self.most)
             extra = pretraining[number] if ppo.ptx > 0 else None
             found = self._learn(minibatch, extra, lr_scale * warmed_up(ppo.lr, step, ppo.warmup))
             if number == 0:  # before any update of this step: the ratio must still be 1
@@ -187,7 +198,8 @@ class Policy(Worker):
             totals = {name: totals.get(name, 0.0) + value for name, value in found.items()}
         self.version = None
         steps = ppo.epochs * ppo.minibatches
-        return first | {name: value / steps for name, value in totals.items()}
+        padding = {"learning_padding": padding_share(self.engine.sum_over_ranks(tokens))}
+        return first | {name: value / steps for name, value in totals.items()} | padding
 
     def _learn(self, minibatch: Experience, extra: Dialogues | None, lr: float) -> dict[str, float]:
         ppo, device = self.config.ppo, self.engine.device
@@ -209,7 +221,7 @@ class Policy(Worker):
         losses: list[tuple[Callable[[Any], Tensor], Batch]] = [(loss, minibatch)]
         if extra is not None:
             losses.append((self._ptx(float(self.engine.sum_over_ranks(extra.mask.sum().float()))), extra))
-        norm = optimizer_step(self.engine, losses, self.config.engine.micro_batch, lr, sums)
+        norm = optimizer_step(self.engine, losses, self.most, lr, sums)
         found = dict(zip(names, self.engine.sum_over_ranks(sums[1:]).tolist(), strict=True))
         return found | {"log_ratio_max": self._ranks().largest(largest), "policy_grad_norm": norm, "policy_lr": lr}
 

@@ -15,8 +15,9 @@ from actors import lora
 from actors.algorithms import calibration
 from actors.algorithms.linear import Loss, apply, chosen_penalty, fit_linear
 from actors.algorithms.preference import pairs_loss, pairwise_correct, pointwise_loss, ranking_loss, untied_pairs
-from actors.batch import Batch, Comparisons
+from actors.batch import Batch, Comparisons, Dialogues
 from actors.engine import Engine
+from actors.micro_batches import limit, planned
 from actors.models import load_causal_lm, load_scalar_model
 from actors.reward_network import FeatureModel, scaled, score, statistics, widths
 from actors.staging import staged
@@ -108,10 +109,10 @@ class PreferenceTask:
 
     def _on_all(self, engine: Engine, rows: Comparisons, read: Callable[[Comparisons], Tensor]) -> Tensor:
         """What `read` gives for every row, without gradients; every rank on the whole set, so that ZeRO-3 ranks stay in step."""
-        order = rows.lengths.argsort(stable=True)
+        alone = Dialogues(rows.tokens, rows.lengths, rows.mask)  # scored one by one, so no answer need be beside those it is compared with
         found: Tensor | None = None
         with torch.no_grad():
-            for index in order.split(4 * self.config.engine.micro_batch):
+            for index in planned(alone, limit(self.config.engine).times(4)):
                 got = read(rows.select(index).trimmed().to(engine.device)).float().cpu()
                 found = torch.zeros(len(rows), *got.shape[1:]) if found is None else found
                 found[index] = got

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from actors.batch import Dialogues, Rollouts
-from actors.learning import in_step
+from actors.learning import in_passes
+from actors.micro_batches import limit
 from actors.worker import Worker, language_model, make_engine
 
 
@@ -22,4 +23,8 @@ class Reference(Worker):
     def logprobs(self, pieces: Sequence[Rollouts | Dialogues], temperature: float) -> list[Tensor]:
         """[B, T] for each piece, at the temperature the policy samples with."""
         device = self.engine.device
-        return in_step(self.engine, pieces, lambda piece: self.engine(piece.tokens.to(device), piece.mask.to(device), temperature)[0].cpu())
+
+        def run(rows: Dialogues) -> Tensor:
+            return self.engine(rows.tokens.to(device), rows.mask.to(device), temperature)[0]
+
+        return in_passes(self.engine, pieces, run, limit(self.config.engine))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from actors.batch import Prompts, Rollouts
 from actors.models import load_causal_lm
+from actors.precision import computes_in_bf16
 from actors.rank import off_device
 from actors.rollout_transformers import TransformersEngine
 from actors.routes import endpoint
@@ -28,8 +29,11 @@ class Rollout(Worker):
         end = lm.generation_config.eos_token_id
         end = int(end[0] if isinstance(end, list) else end)  # chat models may list several; the first is the turn's end
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.config.dtype() == "bf16" and computes_in_bf16(self.device.type):
+            lm.bfloat16()
         self.engine: RolloutEngine = TransformersEngine(lm, end, self.device)
         self.asleep = False
+        self.counted: list[int] = []
         self.arrivals = Arrivals()
 
     def generate(self, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
@@ -41,7 +45,14 @@ class Rollout(Worker):
         rollouts = Rollouts.join([self.engine.generate(batch, sampling) for batch in batches]).select(order.argsort())
         sizes = [len(piece) for piece in pieces]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return [rollouts.select(slice(start, start + size)).trimmed() for start, size in zip(starts, sizes, strict=True)]
+        found = [rollouts.select(slice(start, start + size)).trimmed() for start, size in zip(starts, sizes, strict=True)]
+        self.counted = [int(piece.lengths.sum()) for piece in found]
+        return found
+
+    @off_device
+    def token_counts(self) -> list[int]:
+        """Tokens of each piece that `generate` gave back last, prompts and replies."""
+        return self.counted
 
     def reload(self, checkpoint: str) -> None:
         """Sample from other weights of the same shape from now on."""

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from actors.batch import Prompts, Rollouts
+from actors.decoding import decoder
 from actors.sampling import Sampling, assemble
 
-COMPACT_SHARE = 0.25
-"""Share of ended replies at which they leave the batch: copying the cache for each one would cost more than carrying a few along."""
+BLOCK = 64
+"""Tokens of the vocabulary whose probabilities are added up together before one block is looked into."""
 
 
 class TransformersEngine:
-    """A transformers model with a key-value cache; finished sequences leave the batch."""
+    """A transformers model; sequences that have ended leave the batch (decoding.py)."""
 
     def __init__(self, lm: PreTrainedModel, end: int, device: torch.device, version: int = 0) -> None:
         module: Any = lm  # transformers' annotation of `to` is beyond type checkers
@@ -81,46 +83,56 @@ class TransformersEngine:
 
     def _sample(self, prompts: Prompts, noise: Tensor, temperature: float, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loop over positions. `rows` are those in the batch, `done` marks the ones among them that have ended."""
-        count, width = len(prompts), int(prompts.lengths.max())
+        count = len(prompts)
         replies = torch.zeros(count, limit, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(count, limit, device=self.device)
         counts = torch.zeros(count, dtype=torch.long, device=self.device)
         finished = torch.zeros(count, dtype=torch.bool, device=self.device)
-        tokens, attention = left_padded(prompts.tokens, prompts.lengths, width)
-        position = (attention.cumsum(dim=1) - 1).clamp(min=0)
-        rows, cache = torch.arange(count, device=self.device), DynamicCache(config=self.lm.config)
-        done = torch.zeros_like(finished)
+        rows, done = torch.arange(count, device=self.device), torch.zeros_like(finished)
+        batch = decoder(self.lm)
+        logits = batch.start(prompts, limit)
         for t in range(limit):
-            output = self.lm(
-                tokens, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            chosen, chosen_logprobs = choose(output.logits[:, -1].float(), noise[rows, t], temperature)
-            live = rows[~done]
-            replies[live, t], logprobs[live, t], counts[live] = chosen[~done], chosen_logprobs[~done], t + 1
-            done = done | (chosen == self.end)
+            tokens, chosen_logprobs = choose(logits.float(), noise[rows, t], temperature)
+            live = rows if not bool(done.any()) else rows[~done]
+            replies[live, t], logprobs[live, t], counts[live] = tokens[~done], chosen_logprobs[~done], t + 1
+            done = done | (tokens == self.end)
             finished[rows[done]] = True
-            if bool(done.all()):
+            if t + 1 == limit or bool(done.all()):
                 break
-            tokens, position = chosen[:, None], position[:, -1:] + 1
-            attention = torch.cat([attention, torch.ones_like(tokens)], dim=1)
-            if float(done.float().mean()) >= COMPACT_SHARE:
-                stay = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(stay)
-                rows, tokens, position, attention = rows[stay], tokens[stay], position[stay], attention[stay]
+            if bool(done.any()) and (stay := batch.leave(done)) is not None:
+                rows, tokens = rows[stay], tokens[stay]
                 done = torch.zeros_like(rows, dtype=torch.bool)
+            logits = batch.step(tokens)
         return replies, logprobs, counts, finished
 
 
 def choose(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A token for each row of [B, V] logits, and its log-prob at that temperature (at 1 when greedy); noise [B] in [0, 1)."""
+    """A token for each row of [B, V] logits, and its log-prob at that temperature (at 1 when greedy); noise [B] in [0, 1).
+
+    Sums are in float64: in float32 the tail of a large vocabulary is lost. Only one block of each row is summed token by token.
+    """
     if temperature == 0:
         chosen = logits.argmax(dim=-1)
         return chosen, torch.log_softmax(logits, dim=-1).gather(-1, chosen[:, None])[:, 0]
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    cumulative = logprobs.double().exp().cumsum(dim=-1)  # double: in float32 the tail of a large vocabulary is lost
-    chosen = torch.searchsorted(cumulative, noise.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    chosen = chosen.clamp(max=logits.shape[1] - 1)
-    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
+    scaled = logits / temperature
+    largest = scaled.amax(dim=-1, keepdim=True)
+    chances = (scaled - largest).exp()
+    blocks = pad(chances, (0, -logits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target = noise.double()[:, None] * sums[:, -1:]
+    block = _first_above(sums, target)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(dim=-1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0)
+    chosen = (block * BLOCK + _first_above(inside, target - before)).clamp(max=logits.shape[1] - 1)
+    logprobs = scaled.gather(1, chosen) - largest - sums[:, -1:].log().to(scaled.dtype)
+    return chosen[:, 0], logprobs[:, 0]
+
+
+def _first_above(sums: Tensor, target: Tensor) -> Tensor:
+    """[B, 1]: the first of each row's ascending sums, [B, N], that exceeds its target, [B, 1]. Neither rounding nor
+    logits that are no numbers may lead beyond the last."""
+    found = torch.searchsorted(sums, torch.minimum(target, sums[:, -1:] * (1 - 2**-52)), right=True)
+    return found.clamp(max=sums.shape[1] - 1)
 
 
 def uniforms(keys: Tensor, sampling: Sampling, count: int) -> Tensor:
@@ -130,10 +142,3 @@ def uniforms(keys: Tensor, sampling: Sampling, count: int) -> Tensor:
         for prompt, sample in keys.tolist()
     ]
     return torch.from_numpy(np.stack(rows))
-
-
-def left_padded(tokens: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Right-padded [B, T] rows moved to the right edge of [B, width], with their attention mask (long)."""
-    columns = torch.arange(width, device=tokens.device)[None, :] - (width - lengths)[:, None]
-    attention = columns >= 0
-    return torch.where(attention, tokens.gather(1, columns.clamp(min=0)), 0), attention.long()

@@ -18,6 +18,7 @@ from torch import Tensor
 from actors.batch import Batch
 from actors.engine import Engine
 from actors.learning import optimizer_step
+from actors.micro_batches import limit, padding_share, spent
 from actors.reward_network import write_network
 from actors.sharded_state import Snapshot, save_snapshot
 from actors.sharding import Optimizer
@@ -125,9 +126,11 @@ def _step(config: Config, task: Task, engine: Engine, session: Session, step: in
     total = torch.zeros(())
 
     lr = cosine(s.lr, step, s.warmup, s.steps)
-    norm = optimizer_step(engine, task.loss(engine, rows), config.engine.micro_batch, lr, total)
-    tokens = engine.sum_over_ranks(rows.lengths.sum().float())  # type: ignore[attr-defined]
-    return {"loss": float(engine.sum_over_ranks(total)), "grad_norm": norm, "lr": lr, "tokens": float(tokens)}
+    most, losses = limit(config.engine), task.loss(engine, rows)
+    norm = optimizer_step(engine, losses, most, lr, total)
+    tokens = engine.sum_over_ranks(sum(spent(part, most) for _, part in losses))  # type: ignore[arg-type]
+    figures = {"loss": float(engine.sum_over_ranks(total)), "grad_norm": norm, "lr": lr}
+    return figures | {"tokens": float(tokens[0]), "padding": padding_share(tokens)}
 
 
 def _measure(

@@ -59,7 +59,8 @@ class Model(Settings):
     tokenizer: str | None
     """A Hugging Face tokenizer, by local path or hub name; null takes the model's own, or learns one when the model is from scratch."""
     dtype: Literal["fp32", "bf16"] | None
-    """Arithmetic of forward and backward passes; master weights are always fp32. null takes the scale's."""
+    """Arithmetic of forward and backward passes, and of sampling; master weights are always fp32. null takes the scale's. A CPU without
+    instructions for bf16 computes in fp32 instead, since emulating them is slower (`chatray doctor` says which it is)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ class Engine(Settings):
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more arithmetic; null
     takes the scale's."""
     micro_batch: Count
-    """Sequences per forward and backward pass on one rank; less uses less memory and changes no result. The scale's by default."""
+    """Sequences per forward and backward pass on one rank at most, and in each piece that batches travel in between roles; less uses less
+    memory and changes no result. The scale's by default."""
+    micro_tokens: Count | None
+    """Tokens per forward and backward pass on one rank at most, padding included, in place of `micro_batch` sequences; null: those. It
+    bounds memory as well, and lets short sequences share a pass that long ones fill by themselves."""
     shard_mb: Count
     """Size at which an exported checkpoint goes on in another file, MB; also what loading and exporting hold at once, at most."""
     rollout_batch: Count
@@ -92,3 +97,7 @@ class Engine(Settings):
     longest: Annotated[int, Ge(2)] | None
     """Tokens of the longest sequence in any stage, prompt and reply together: what is longer is shortened or left out, as if the model's
     context ended there. Memory is planned for it. null: the model's context."""
+
+    def rows_of(self, tokens: int) -> int:
+        """Sequences of so many tokens in one pass, at most."""
+        return self.micro_batch if self.micro_tokens is None else max(self.micro_tokens // max(tokens, 1), 1)

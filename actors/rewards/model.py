@@ -6,6 +6,7 @@ conversation, and encoded with the model's own tokenizer and chat template.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from actors.batch import pad_rows
-from actors.learning import in_step
+from actors.batch import Dialogues, pad_rows
+from actors.learning import Scorable, in_passes
+from actors.micro_batches import limit
 from actors.models import HEAD_FILE, ScalarModel, load_transformer
 from actors.reward_network import FEATURE_HEAD_FILE, FeatureModel, load_reward_model, score
 from actors.rewards.source import RewardError, Rows
@@ -74,17 +76,21 @@ class ModelSource:
     """One frozen reward model on this rank."""
 
     def __init__(self, config: Config, name: str, path: str) -> None:
-        self.name = name
+        self.name, self.most = name, limit(config.engine)
         self.engine = make_engine(config, load_scorer(path, f"ppo.rewards: {name}", config.seed, config.zero_stage() == 3), None)
 
     @torch.no_grad()
     def score(self, rows: Rows) -> Tensor:
-        """Read as the model was trained to, in the pieces that the rows came in."""
+        """Read as the model was trained to."""
         device = self.engine.device
-        batches = self._encoded(rows) or [(piece.tokens, piece.lengths, piece.mask) for piece in rows.pieces]
-        return torch.cat(in_step(self.engine, batches, lambda batch: self.engine(*(part.to(device) for part in batch)).cpu()))
+        pieces: Sequence[Scorable] = self._encoded(rows) or rows.pieces
 
-    def _encoded(self, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
+        def run(part: Dialogues) -> Tensor:
+            return self.engine(part.tokens.to(device), part.lengths.to(device), part.mask.to(device))
+
+        return torch.cat(in_passes(self.engine, pieces, run, self.most))
+
+    def _encoded(self, rows: Rows) -> list[Dialogues]:
         """The rows in this model's own tokens, in pieces of the same sizes; none when it shares the policy's."""
         encoder = rows.known.encoders.get(self.name) if rows.known else None
         if encoder is None:
@@ -96,6 +102,6 @@ class ModelSource:
             tokens, lengths = pad_rows([ids for ids, _ in part])
             first = (lengths - torch.tensor([count for _, count in part]))[:, None]
             places = torch.arange(tokens.shape[1])[None, :]
-            found.append((tokens, lengths, (places >= first) & (places < lengths[:, None])))
+            found.append(Dialogues(tokens, lengths, (places >= first) & (places < lengths[:, None])))
             start += len(piece)
         return found

@@ -12,7 +12,10 @@ from orchestration.contradictions import divisors, multiple_from
 from orchestration.planner.machines import Node
 from orchestration.planner.shapes import ladder, language_model, longest
 
-TIME = ("micro_batch", "rollout_batch", "checkpointing", "sleep", "commits", "zero", "engines", "offload_optimizer", "offload_parameters")
+TIME = (
+    "micro_batch", "micro_tokens", "rollout_batch", "checkpointing", "sleep", "commits", "zero", "engines", "offload_optimizer",
+    "offload_parameters",
+)  # fmt: skip
 """Families that cost nothing but time, the cheapest first."""
 MACHINES = ("nodes", "devices", "ranks")
 METHOD = ("dtype", "reward_scale", "advantage")
@@ -74,7 +77,7 @@ def _word(value: Any) -> str:
 
 
 def _less_at_once(config: Config) -> Iterator[Change]:
-    for name in ("micro_batch", "rollout_batch"):
+    for name in ("micro_batch" if config.engine.micro_tokens is None else "micro_tokens", "rollout_batch"):
         size = getattr(config.engine, name)
         while size > 1:
             size //= 2

@@ -111,7 +111,7 @@ def of_role(config: Config, role: str, cuda: bool) -> RankMemory:
         return RankMemory((Held("process", "host", PROCESS),))
     shape = scalar_model(config) if scalar else language_model(config)
     ranks = getattr(config.placement, role).ranks
-    rows, tokens = config.engine.micro_batch, longest(config)
+    rows, tokens = config.engine.rows_of(longest(config)), longest(config)
     if role == "rollout":
         return rollout(config, shape, cuda)
     if role in ("reference", "reward"):

@@ -221,7 +221,7 @@ def _generate(config: Config, shape: Shape, tokens: Lengths, cache_passes: int, 
 
 def _forward(config: Config, shape: Shape, rows: int, length: float, ranks: int, low: int) -> Work:
     mine = rows / ranks
-    pieces = ceil(mine / config.engine.micro_batch)
+    pieces = ceil(mine / config.engine.rows_of(ceil(length)))
     traffic = pieces * shape.parameters * low if config.zero_stage() == 3 and ranks > 1 else 0.0
     return Work(shape.forward_flops(mine * length, length), 0.0, traffic, pieces * shape.layers)
 

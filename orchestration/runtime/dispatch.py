@@ -27,11 +27,17 @@ class Pieces(Generic[T]):
         return len(self.items)
 
 
-def cut(batch: B, together: int, micro_batch: int) -> list[B]:
+PIECES = 8
+"""Pieces of each rank at least, where there are ranks to balance: with fewer, there is little to choose from."""
+
+
+def cut(batch: B, together: int, micro_batch: int, whole: int = 0) -> list[B]:
     """Equal pieces of at most about `micro_batch` rows, their number a multiple of `together`.
 
     Args:
         together: a multiple of every role's rank count; divides the number of rows.
+        whole: above 0, the pieces are for being balanced over ranks: several for each, of so many rows that belong together or multiples
+            of them, where the number of rows allows it.
 
     Raises:
         ValueError: it does not.
@@ -40,6 +46,10 @@ def cut(batch: B, together: int, micro_batch: int) -> list[B]:
         raise ValueError(f"a batch of {len(batch)} rows cannot be spread evenly over {together} ranks")
     share = len(batch) // together
     per_rank = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= micro_batch)
+    if whole and together > 1 and share % whole == 0:
+        units = share // whole
+        fine = (n for n in range(min(PIECES, units), units + 1) if units % n == 0 and share // n <= micro_batch)
+        per_rank = next(fine, units)
     return [piece.trimmed() for piece in batch.split(share // per_rank)]
 
 

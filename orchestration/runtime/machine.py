@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from actors.precision import cpu_has_bf16
 from orchestration.planner.machines import Node
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "chatray")
@@ -189,11 +190,6 @@ def source_digest() -> str:
             if file.suffix in (".py", ".yaml"):
                 digest.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def cpu_has_bf16() -> bool:
-    flags = next((line for line in _text("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features"))), "").split()
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
 INCLUDES = ("/usr/include", "/usr/local/include", f"{sys.prefix}/include")

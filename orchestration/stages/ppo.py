@@ -21,7 +21,10 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
+
+import torch
 
 from actors.algorithms.kl import KLController
 from actors.algorithms.running import Moments
@@ -35,6 +38,7 @@ from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
 from orchestration.roles import CriticGroup, PolicyGroup, Roles
 from orchestration.run_directory import ResumePoint
+from orchestration.runtime.balancing import balanced, in_balance
 from orchestration.runtime.dispatch import Pieces, cut
 from orchestration.stages.ahead import Ahead
 from orchestration.stages.context import StageContext
@@ -125,16 +129,22 @@ class Loop:
         return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
 
     def sample(self, step: int) -> Pieces[Rollouts]:
-        """This step's replies; those of the next `ppo.staleness` steps are asked for as well."""
+        """This step's replies, spread over ranks by their tokens; those of the next `ppo.staleness` steps are asked for as well."""
         rollouts = self.ahead.take(step)
         self.timed("rollout", f"replies of PPO step {step + 1}", rollouts)
-        return rollouts
+        if self.together == 1 or self.ppo.staleness:  # engines that sample ahead would tell the lengths of a later step
+            return rollouts
+        tokens = list(chain(*self.runtime.get(self.roles.rollout.token_counts(), "lengths of the replies")))
+        whole = self.ppo.batch // len(rollouts) % self.ppo.samples_per_prompt == 0  # a piece has all replies to its prompts
+        return in_balance(rollouts, tokens, self.together, whole)
 
     def generate(self, step: int) -> Pieces[Rollouts]:
         """Ask for a step's replies; those to one prompt are next to each other: so they reach the same rank."""
         samples = self.ppo.samples_per_prompt
         index = step_rows(self.prompts.lengths, self.ppo.batch // samples, step, self.config.seed, pool=1)
-        pieces = cut(self.prompts.select(index).repeated(samples), self.together, self.config.engine.micro_batch)
+        if self.together > 1 and len(index) % self.together == 0:
+            index = index[torch.tensor(list(chain(*balanced(self.prompts.lengths[index].tolist(), self.together))))]
+        pieces = cut(self.prompts.select(index).repeated(samples), self.together, self.config.engine.micro_batch, samples)
         sampling = Sampling(self.ppo.temperature, self.ppo.max_new_tokens, self.config.seed, step)
         return self.roles.rollout.generate(self.runtime.put(pieces), sampling)
 
@@ -246,7 +256,9 @@ class Loop:
         self.seen = Moments(**point.memory["scores"])
         self.watch.go_back(point.step)
         self.sync(point.step)
-        self.ahead.restore(point.folder, lambda batch: cut(batch, self.together, self.config.engine.micro_batch))
+        self.ahead.restore(
+            point.folder, lambda batch: cut(batch, self.together, self.config.engine.micro_batch, self.ppo.samples_per_prompt)
+        )
 
     def go_back(self, step: int, kl: float) -> int | None:
         """Within the KL budget again: None, to stop with the weights before these, or the step of a commit to go on from, more gently.

@@ -105,10 +105,10 @@ class Watch:
         return found
 
     def _own_micro_batches(self) -> bool:
-        """Whether a rank's share is one micro-batch in both passes."""
+        """Whether a rank's share is computed in the same passes before the update and in it: the plan follows from the rows alone."""
         ppo, ranks = self.config.ppo, self.config.placement.policy.ranks
         one_piece = math.lcm(*rank_counts(self.config)) == ranks and ppo.batch <= ranks * self.config.engine.micro_batch
-        return ppo.minibatches == 1 and one_piece
+        return ppo.minibatches == 1 and (one_piece or ppo.old_logprobs == "trainer")
 
     def recorded(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row of a finished step with the names of what is ill; says what began and what ended."""

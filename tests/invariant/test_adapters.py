@@ -18,6 +18,7 @@ from actors import lora
 from actors.batch import Experience
 from actors.critic import Critic
 from actors.learning import optimizer_step
+from actors.micro_batches import Limit
 from actors.models import load_causal_lm
 from actors.policy import Policy
 from actors.preference_task import PreferenceTask
@@ -75,7 +76,10 @@ def sent_by(policy: Policy, version: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("more", [(), ("model.dtype=bf16",)], ids=["fp32", "bf16"])
-def test_the_reference_is_bit_equal_to_a_frozen_one_before_and_after_training(folders: dict[str, str], more: tuple[str, ...]) -> None:
+def test_the_reference_is_bit_equal_to_a_frozen_one_before_and_after_training(
+    folders: dict[str, str], more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.engine.computes_in_bf16", lambda device: True)
     pieces = [rollouts(3, 4), rollouts(4, 4)]
     frozen = role(Reference, folders["lm"], config(0, 3, *more)).logprobs(pieces, 0.7)
     fresh = role(Policy, folders["lm"], config(0, 3, *more, temperature=0.7))
@@ -200,7 +204,7 @@ def work(rank: int, ranks: int, checkpoints: dict[str, str], stages: tuple[int, 
         assert torch.equal(policy.reference_logprobs([rollouts(5, ROWS).select(share)], 1.0)[0], reference)
         task = PreferenceTask(config(stage), checkpoints["scalar"], ranked, ranked, ranked, comparisons(1, (3,)), True)
         engine = make_engine(task.config, task.module(), Optimizer(0.03, 0.0, 1.0, 1e-3))
-        optimizer_step(engine, task.loss(engine, mine), 3, 0.03)
+        optimizer_step(engine, task.loss(engine, mine), Limit(3), 0.03)
         found[f"ranking {stage}"] = copied(engine.weights())
     return found
 

@@ -22,6 +22,7 @@ from actors.batch import Comparisons, Dialogues, Experience, Rollouts
 from actors.critic import Critic
 from actors.language_task import LanguageTask
 from actors.learning import optimizer_step
+from actors.micro_batches import Limit, limit
 from actors.models import LanguageModel, load_causal_lm
 from actors.policy import Policy
 from actors.preference_task import SCORES_FILE, PreferenceTask
@@ -44,9 +45,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"lm": saved_lm(root / "lm"), "scalar": saved_scalar(root / "scalar")}
 
 
-def config(micro_batch: int = 4, **ppo: object):
+Size = int | str
+"""Rows of a micro-batch, or another setting of the engine."""
+
+
+def config(size: Size = 4, **ppo: object):
     plain = {"lr": RATE, "critic_lr": RATE, "warmup": 0, "adam_epsilon": 1e4, "max_grad_norm": 1e9, "minibatches": 1, "batch": ROWS}
-    return with_section(smoke(f"engine.micro_batch={micro_batch}"), "ppo", **(plain | ppo))
+    return with_section(smoke(f"engine.micro_batch={size}" if isinstance(size, int) else f"engine.{size}"), "ppo", **(plain | ppo))
 
 
 def role(kind: type[Worker], checkpoint: str, of) -> Worker:
@@ -74,45 +79,45 @@ Updated = tuple[dict[str, Tensor], dict[str, float]]
 EXTRAS = {"dual_clip": 1.25, "entropy": 0.3, "importance_cap": 1.1}
 
 
-def policy_updated(folders: dict[str, str], micro_batch: int, ptx: float = 0.0, **ppo: float) -> Updated:
-    policy = role(Policy, folders["lm"], config(micro_batch, ptx=ptx, **ppo))
+def policy_updated(folders: dict[str, str], size: Size, ptx: float = 0.0, **ppo: float) -> Updated:
+    policy = role(Policy, folders["lm"], config(size, ptx=ptx, **ppo))
     before = weights(policy)
     figures = policy.update([experience(0, 5), experience(1, 3)], [dialogues(2, 6)] if ptx else [], step=0)
     assert moved(before, weights(policy)) > 1e-4
     return weights(policy), figures
 
 
-def critic_updated(folders: dict[str, str], micro_batch: int) -> Updated:
-    critic = role(Critic, folders["scalar"], config(micro_batch))
+def critic_updated(folders: dict[str, str], size: Size) -> Updated:
+    critic = role(Critic, folders["scalar"], config(size))
     before = weights(critic)
     figures = critic.update([experience(0, 5), experience(1, 3)], step=0)
     assert moved(before, weights(critic)) > 1e-4
     return weights(critic), figures
 
 
-def task_updated(task: LanguageTask | PreferenceTask, rows: Dialogues | Comparisons, micro_batch: int) -> Updated:
+def task_updated(task: LanguageTask | PreferenceTask, rows: Dialogues | Comparisons, size: Size) -> Updated:
     engine = make_engine(task.config, task.module(), SGD)
     before = {name: tensor.clone() for name, tensor in engine.weights().items()}
-    norm = optimizer_step(engine, task.loss(engine, rows), micro_batch, RATE)
+    norm = optimizer_step(engine, task.loss(engine, rows), limit(task.config.engine), RATE)
     after = {name: tensor.clone() for name, tensor in engine.weights().items()}
     assert moved(before, after) > 1e-4
     return after, {"grad_norm": norm}
 
 
-def sft_updated(folders: dict[str, str], micro_batch: int) -> Updated:
+def sft_updated(folders: dict[str, str], size: Size) -> Updated:
     rows = dialogues(0, ROWS)
-    return task_updated(LanguageTask(config(micro_batch), folders["lm"], rows, rows, rows, 100), rows, micro_batch)
+    return task_updated(LanguageTask(config(size), folders["lm"], rows, rows, rows, 100), rows, size)
 
 
-def preference_updated(folders: dict[str, str], micro_batch: int, ranked: bool) -> Updated:
+def preference_updated(folders: dict[str, str], size: Size, ranked: bool) -> Updated:
     rows = comparisons(0)
     if not ranked:
         rows.label, rows.group = (rows.label > 0).float(), torch.arange(len(rows))
-    task = PreferenceTask(config(micro_batch), folders["lm"], rows, rows, rows, comparisons(1, (3,)), ranked)
-    return task_updated(task, rows, micro_batch)
+    task = PreferenceTask(config(size), folders["lm"], rows, rows, rows, comparisons(1, (3,)), ranked)
+    return task_updated(task, rows, size)
 
 
-UPDATES: dict[str, Callable[[dict[str, str], int], Updated]] = {
+UPDATES: dict[str, Callable[[dict[str, str], Size], Updated]] = {
     "policy": policy_updated,
     "policy with extras": lambda folders, size: policy_updated(folders, size, **EXTRAS),
     "policy with ptx": lambda folders, size: policy_updated(folders, size, ptx=2.0),
@@ -124,10 +129,12 @@ UPDATES: dict[str, Callable[[dict[str, str], int], Updated]] = {
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_one_optimizer_step_is_the_same_for_micro_batches_of_1_3_and_8(name: str, folders: dict[str, str]) -> None:
+def test_one_optimizer_step_is_the_same_for_micro_batches_of_1_3_and_8_rows_and_of_20_tokens(name: str, folders: dict[str, str]) -> None:
     whole, figures = UPDATES[name](folders, ROWS)
-    for size in (1, 3):
+    figures.pop("learning_padding", None)
+    for size in (1, 3, "micro_tokens=20"):
         pieces, found = UPDATES[name](folders, size)
+        found.pop("learning_padding", None)
         assert_same(whole, pieces)
         assert found == pytest.approx(figures, rel=1e-4, abs=1e-5)
 
@@ -189,7 +196,7 @@ def test_ptx_0_is_plain_ppo_bit_by_bit_whether_or_not_there_is_text(folders: dic
         return policy_loss(logprobs, piece.old_logprobs, piece.advantages, piece.mask, 0.2, tokens).loss
 
     engine.train(False)
-    optimizer_step(engine, [(plain, rows)], 4, RATE)
+    optimizer_step(engine, [(plain, rows)], Limit(4), RATE)
     assert moved(found[0][0], engine.weights()) == 0.0
     assert moved(found[0][0], policy_updated(folders, 4, ptx=1e-3)[0]) > 0.0
 

@@ -18,6 +18,7 @@ from actors import models
 from actors.batch import Comparisons, Dialogues, Experience
 from actors.engine import Engine, sum_over_ranks
 from actors.learning import optimizer_step
+from actors.micro_batches import Limit
 from actors.models import LanguageModel, shape_config
 from actors.policy import Policy
 from actors.preference_task import PreferenceTask
@@ -87,7 +88,7 @@ def partitioned(rank: int, ranks: int, stage: int) -> dict[str, torch.Tensor]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(models, "token_logprobs", functools.partial(models.token_logprobs, chunk=2 * 1000))
-        optimizer_step(engine, [(loss, rows)], 2, 100.0)
+        optimizer_step(engine, [(loss, rows)], Limit(2), 100.0)
     return engine.weights()
 
 
@@ -97,7 +98,7 @@ def ranking(rank: int, ranks: int, stage: int, checkpoint: str) -> dict[str, tor
     mine: Comparisons = rows.select((rows.group % ranks == rank).nonzero()[:, 0]).trimmed()
     task = PreferenceTask(config(stage), checkpoint, rows, rows, rows, comparisons(1, (3,)), True)
     engine = make_engine(task.config, task.module(), Optimizer(1.0, 0.0, 1e9, 1e4))
-    optimizer_step(engine, task.loss(engine, mine), 3, 100.0)
+    optimizer_step(engine, task.loss(engine, mine), Limit(3), 100.0)
     return engine.weights()
 
 

@@ -17,6 +17,7 @@ from actors.batch import Dialogues
 from actors.engine import Engine, Optimizer, deepspeed
 from actors.language_task import LanguageTask
 from actors.learning import optimizer_step
+from actors.micro_batches import Limit
 from actors.models import LanguageModel, new_causal_lm, save_model
 from actors.sharded_state import load_state, save_snapshot, save_state
 from actors.trainer import train
@@ -56,7 +57,7 @@ def learn(of: Engine, rank: int, ranks: int, step: int) -> tuple[float, float]:
     def loss(piece: Dialogues) -> Tensor:
         return -of(piece.tokens, piece.mask)[0][piece.mask].sum() / tokens
 
-    norm = optimizer_step(of, [(loss, rows)], 3, 1e-2, total)
+    norm = optimizer_step(of, [(loss, rows)], Limit(3), 1e-2, total)
     return float(of.sum_over_ranks(total)), norm
 
 

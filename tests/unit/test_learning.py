@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from actors import learning, trainer
 from actors.language_task import POOL, step_rows
-from actors.learning import micro_batches, minibatches, optimizer_step
+from actors.learning import minibatches, optimizer_step
+from actors.micro_batches import Limit, micro_batches
 from actors.worker import process_group_of_one
 from tests.fakes import comparisons, dialogues, experience, quickly, smoke
 
@@ -53,7 +54,7 @@ class CountingEngine:
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), size=st.integers(1, 13))
 def test_micro_batches_hold_each_row_once_at_most_size_of_them_and_no_column_of_padding(seed: int, rows: int, size: int) -> None:
     batch = numbered(dialogues(seed, rows))
-    pieces = micro_batches(batch, size)
+    pieces = micro_batches(batch, Limit(size))
     assert sorted(name for piece in pieces for name in names_of(piece)) == list(range(rows))
     for piece in pieces:
         assert len(piece) <= size
@@ -69,7 +70,7 @@ def test_micro_batches_hold_each_row_once_at_most_size_of_them_and_no_column_of_
 @given(seed=st.integers(0, 10**6), sizes=st.lists(st.integers(2, 6), min_size=1, max_size=6), size=st.integers(1, 12))
 def test_micro_batches_of_comparisons_keep_groups_whole(seed: int, sizes: list[int], size: int) -> None:
     batch = numbered(comparisons(seed, tuple(sizes)))
-    pieces = micro_batches(batch, size)
+    pieces = micro_batches(batch, Limit(size))
     assert sorted(name for piece in pieces for name in names_of(piece)) == list(range(len(batch)))
     where: dict[int, int] = {}
     for number, piece in enumerate(pieces):
@@ -143,7 +144,7 @@ def test_an_optimizer_step_adds_up_all_losses_over_all_rows_and_says_which_pass_
     process_group_of_one()
     engine, rows, extra = CountingEngine(), dialogues(0, 7), dialogues(1, 3)
     losses = [(lambda piece: piece.lengths.sum().float(), rows), (lambda piece: 100 * piece.lengths.sum().float(), extra)]
-    assert optimizer_step(engine, losses, 2, 0.25) == 3.5
+    assert optimizer_step(engine, losses, Limit(2), 0.25) == 3.5
     assert sum(engine.values) == float(rows.lengths.sum() + 100 * extra.lengths.sum())
     assert engine.last == [False] * 5 + [True]
     assert engine.rates == [0.25]
@@ -152,7 +153,7 @@ def test_an_optimizer_step_adds_up_all_losses_over_all_rows_and_says_which_pass_
 def test_a_rank_with_fewer_micro_batches_adds_passes_that_weigh_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "agreed_count", lambda count, engine: count + 2)
     engine, rows = CountingEngine(), dialogues(0, 4)
-    optimizer_step(engine, [(lambda piece: piece.lengths.sum().float(), rows)], 2, 0.1)
+    optimizer_step(engine, [(lambda piece: piece.lengths.sum().float(), rows)], Limit(2), 0.1)
     assert sum(engine.values) == float(rows.lengths.sum())
     assert engine.last == [False, False, False, True]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from actors.batch import Dialogues
 from actors.language_task import LanguageTask
-from actors.learning import micro_batches, optimizer_step
+from actors.learning import optimizer_step
+from actors.micro_batches import Limit, micro_batches
 from actors.models import LanguageModel, keeps_packed_apart, mask_between_dialogues, new_causal_lm, save_model
 from actors.packing import first_fit, pack
 from actors.sharding import Optimizer
@@ -148,8 +149,8 @@ def test_an_optimizer_step_is_the_same_packed_or_not(shape: str, micro_batch: in
         task = LanguageTask(config, str(tmp_path), rows, rows, rows, 100, pack_length=length)
         engine = make_engine(config, task.module(), Optimizer(1e-2, 0.0, 1e9, 1.0))
         ((loss, packed),) = task.loss(engine, rows)
-        assert len(micro_batches(packed, micro_batch)) <= len(micro_batches(rows, micro_batch))
-        norm = optimizer_step(engine, [(loss, packed)], micro_batch, 1e-2)
+        assert len(micro_batches(packed, Limit(micro_batch))) <= len(micro_batches(rows, Limit(micro_batch)))
+        norm = optimizer_step(engine, [(loss, packed)], Limit(micro_batch), 1e-2)
         found[length] = norm, {name: tensor.clone() for name, tensor in engine.weights().items()}
     assert found[40][0] == pytest.approx(found[None][0], rel=1e-4)
     for name, tensor in found[None][1].items():

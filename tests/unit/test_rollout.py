@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.batch import Prompts, pad_rows
-from actors.models import LanguageModel
+from actors.decoding import LlamaDecoder, ModuleDecoder, decoder, joined, left_padded
+from actors.models import LanguageModel, shape_config
 from actors.rank import is_off_device
 from actors.rollout import Rollout
-from actors.rollout_transformers import TransformersEngine, choose, left_padded, uniforms
+from actors.rollout_transformers import TransformersEngine, choose, uniforms
 from actors.sampling import Sampling
 from actors.weight_sync import pack
 from actors.worker import RankSpec
@@ -200,3 +203,109 @@ def test_a_sleeping_engine_takes_weights_where_it_sleeps_and_samples_when_it_is_
     rank.wake()
     wanted = TransformersEngine(tiny_lm(1), END, torch.device("cpu")).generate(prompts(6), SAMPLING)
     assert replies(rank.generate([prompts(6)], SAMPLING)[0]) == replies(wanted)
+
+
+def shaped(**changes: Any) -> PreTrainedModel:
+    """A Llama of another form, its distributions far from uniform."""
+    scale = smoke().scale
+    shape = shape_config(scale, VOCABULARY, 0.0, END, 0)
+    for name, value in changes.items():
+        setattr(shape, name, value)
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(1.5) if parameter.dim() > 1 else parameter.normal_(1.0, 0.2)
+    return lm
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"num_key_value_heads": 1}, {"head_dim": 12}, {"tie_word_embeddings": False}, {"rms_norm_eps": 0.1},
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}},
+    ],
+    ids=["plain", "grouped heads", "wide heads", "own head", "epsilon", "angles"],
+)  # fmt: skip
+def test_llamas_own_steps_give_the_logits_of_whole_passes_while_sequences_leave(changes: dict[str, Any]) -> None:
+    lm, asked = shaped(**changes), prompts(7)
+    rows = [asked.tokens[n, : asked.lengths[n]].tolist() for n in range(7)]
+    batch = decoder(lm)
+    assert isinstance(batch, LlamaDecoder)
+    with torch.no_grad():
+        logits = batch.start(asked, 5)
+        for step in range(5):
+            wanted = torch.stack([lm(input_ids=torch.tensor([row])).logits[0, -1] for row in rows])
+            torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+            done = torch.tensor([step in (1, 3) and n % 3 == 0 for n in range(len(rows))])
+            if step in (1, 3):
+                stay = batch.leave(done)
+                assert stay is not None
+                assert sorted(stay.tolist()) == (~done).nonzero()[:, 0].tolist()
+                rows = [rows[n] for n in stay.tolist()]
+            tokens = torch.arange(2, 2 + len(rows)) + step
+            rows = [[*row, int(token)] for row, token in zip(rows, tokens, strict=True)]
+            if step < 4:
+                logits = batch.step(tokens)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ],
+)  # fmt: skip
+def test_what_llamas_own_steps_do_not_compute_is_left_to_transformers(changes: dict[str, Any]) -> None:
+    assert isinstance(decoder(shaped(**changes)), ModuleDecoder)
+
+
+def test_both_ways_sample_the_same_replies_with_the_same_log_probs(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = engine.generate(prompts(12), SAMPLING)
+    monkeypatch.setattr("actors.rollout_transformers.decoder", ModuleDecoder)
+    module = engine.generate(prompts(12), SAMPLING)
+    assert replies(own) == replies(module)
+    torch.testing.assert_close(own.behaviour, module.behaviour, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_are_joined_are_still_the_models_own(engine: TransformersEngine) -> None:
+    fresh = TransformersEngine(tiny_lm(0), END, torch.device("cpu"))
+    fresh.generate(prompts(3), SAMPLING)
+    attention = fresh.lm.base_model.layers[0].self_attn
+    storages = {module.weight.untyped_storage().data_ptr() for module in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    assert len(storages) == 1
+    assert joined([attention.q_proj, attention.k_proj, attention.v_proj]).untyped_storage().data_ptr() in storages
+    with torch.no_grad():
+        attention.k_proj.weight.data = attention.k_proj.weight.data.clone()  # as `Module.to` does
+    assert replies(fresh.generate(prompts(6), SAMPLING)) == replies(engine.generate(prompts(6), SAMPLING))
+    fresh.load_weights(LanguageModel(tiny_lm(1)).state_dict(), 3)
+    assert replies(fresh.generate(prompts(6), SAMPLING)) == replies(
+        TransformersEngine(tiny_lm(1), END, torch.device("cpu")).generate(prompts(6), SAMPLING)
+    )
+
+
+@quickly
+@given(seed=st.integers(0, 10**6), width=st.integers(60, 200), noise=st.floats(0, 1, exclude_max=True))
+def test_summing_by_blocks_draws_the_token_that_summing_everything_draws(seed: int, width: int, noise: float) -> None:
+    logits = 3 * floats(seed, 1, width)
+    chosen, logprobs = choose(logits, torch.tensor([noise], dtype=torch.float64), 1.0)
+    sums = torch.softmax(logits, dim=-1).cumsum(dim=-1)[0]
+    below = float(sums[chosen - 1]) if int(chosen) else 0.0
+    assert below - 1e-12 <= noise * float(sums[-1]) <= float(sums[chosen]) + 1e-12
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, dim=-1)[0, chosen])
+
+
+def test_what_memory_held_before_is_nowhere_in_a_sample(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = replies(engine.generate(prompts(6), SAMPLING))
+    plain = torch.empty
+
+    def spoilt(*sizes: Any, **how: Any) -> torch.Tensor:
+        return plain(*sizes, **how).fill_(math.nan) if how.get("dtype") is torch.float32 else plain(*sizes, **how)
+
+    monkeypatch.setattr(torch, "empty", spoilt)
+    assert replies(engine.generate(prompts(6), SAMPLING)) == wanted
+
+
+def test_logits_that_are_no_numbers_give_a_token_that_exists() -> None:
+    chosen, logprobs = choose(torch.full((2, 70), math.nan), torch.tensor([0.1, 0.9], dtype=torch.float64), 1.0)
+    assert ((chosen >= 0) & (chosen < 70)).all() and logprobs.isnan().all()
