@@ -32,9 +32,9 @@ def replaced(text: str, name: str, content: str) -> str:
     return head + block + rest.split(end)[1]
 
 
-def write(name: str, content: str, file: Path = BENCHMARKS) -> None:
-    """Replace a section of a file."""
-    file.write_text(replaced(file.read_text(encoding="utf-8"), name, content), encoding="utf-8")
+def write(name: str, content: str) -> None:
+    """Replace a section of BENCHMARKS.md."""
+    BENCHMARKS.write_text(replaced(BENCHMARKS.read_text(encoding="utf-8"), name, content), encoding="utf-8")
 
 
 def machine() -> str:

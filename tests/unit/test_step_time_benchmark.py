@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.benchmarks import paired, report
+from tests.benchmarks import bench, paired, report
 from tests.benchmarks.bare_loop import BareLoop
-from tests.benchmarks.step_time import ours, pairs
+from tests.benchmarks.step_time import ours, pairs, tables
 from tests.benchmarks.step_time.prepared import prepare
 from tests.benchmarks.step_time.settings import SETTINGS, load
 from tests.benchmarks.step_time.turns import EndedError
@@ -139,7 +139,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         assert pairs.contest([contestant, Bare(folder)], 2, time.monotonic() + 600, out / "rounds.jsonl", named) == 2
     finally:
         contestant.end()
-    return pairs.read(out / "rounds.jsonl", setting="smoke")
+    return pairs.read(out / "rounds.jsonl", "smoke")
 
 
 def test_both_contestants_do_the_same_work(rounds: list[dict[str, Any]]) -> None:
@@ -168,11 +168,12 @@ class Clocked:
 def test_rounds_go_to_and_fro_after_a_warm_up_and_are_kept(tmp_path: Path) -> None:
     log: list[str] = []
     both = [Clocked("ours", 1.0, log), Clocked("theirs", 2.0, log)]
-    assert pairs.contest(both, 2, time.monotonic() + 60, tmp_path / "rounds.jsonl", {"dtype": "fp32"}) == 2
+    assert pairs.contest(both, 2, time.monotonic() + 60, tmp_path / "rounds.jsonl", {"setting": "smoke"}) == 2
     assert log == ["ours", "theirs", "ours", "theirs", "theirs", "ours"]  # one round of warm-up, then there and back
-    found = pairs.read(tmp_path / "rounds.jsonl", dtype="fp32")
+    found = pairs.read(tmp_path / "rounds.jsonl", "smoke", ["theirs"])
     assert [line["seconds"] for line in found] == [{"ours": 1.0, "theirs": 2.0}] * 2
-    assert pairs.read(tmp_path / "rounds.jsonl", dtype="bf16") == []
+    assert pairs.read(tmp_path / "rounds.jsonl", "smoke", ["theirs", "bare"]) == []
+    assert pairs.read(tmp_path / "rounds.jsonl", "fixed") == []
 
 
 def test_no_round_begins_when_the_time_is_over(tmp_path: Path) -> None:
@@ -181,12 +182,11 @@ def test_no_round_begins_when_the_time_is_over(tmp_path: Path) -> None:
 
 
 def test_a_finished_comparison_is_not_run_again(tmp_path: Path) -> None:
-    SETTINGS["smoke"].save(tmp_path)  # prepared, as far as it is looked at
     (tmp_path / "smoke").mkdir()
-    SETTINGS["smoke"].save(tmp_path / "smoke")
+    SETTINGS["smoke"].save(tmp_path / "smoke")  # prepared, as far as it is looked at
     for _ in range(2):
-        pairs.append(tmp_path / "rounds.jsonl", {"setting": "smoke", "dtype": "fp32", "arms": ["theirs", "ours"]})
-    assert pairs.run("smoke", "fp32", ["theirs", "ours"], 2, 1e9, tmp_path, "", "no such python", []) == 0
+        pairs.append(tmp_path / "rounds.jsonl", {"setting": "smoke", "seconds": {"theirs": 2.0, "ours": 1.0}})
+    assert pairs.run("smoke", ["theirs", "ours"], 2, 1e9, tmp_path, "", "no such python", []) == 0
 
 
 def test_memory_is_read_of_every_process_of_a_contestant(tmp_path: Path) -> None:
@@ -210,3 +210,45 @@ def test_a_contestant_that_dies_is_named_with_what_it_said(tmp_path: Path) -> No
     with pytest.raises(RuntimeError, match=r"(?s)bare ended.*it broke"):
         dead.answer()
     dead.end()
+
+
+def measured(out: Path) -> None:
+    """Rounds and memory of two contestants, made up: ours takes half of TRL's time and learns as it does."""
+    for number in range(9):
+        figures = {"score": float(number), "kl": 0.1 * number, "reply_tokens": 16.0, "seconds_rollout": 0.25}
+        seconds = {"ours": 1.0 + number / 100, "theirs": 2.0 + number / 50}
+        line = {"setting": "fixed", "session": number // 8, "seconds": seconds, "figures": {"ours": figures, "theirs": figures}}
+        pairs.append(out / "rounds.jsonl", line)
+    pairs.append(out / "rounds.jsonl", {"setting": "natural", "session": 0, "seconds": {"ours": 9.0}, "figures": {"ours": figures}})
+    processes = {"policy 0 (12)": 90 << 20, "raylet (3)": 4 << 20, "gcs (4)": 5 << 20}
+    pairs.append(out / "memory.jsonl", {"setting": "fixed", "arm": "ours", "total": 99 << 20, "processes": processes})
+
+
+def test_tables_show_ratios_of_what_took_part_together_phases_learning_and_memory(tmp_path: Path) -> None:
+    measured(tmp_path)
+    ratios = tables.ratios(tmp_path, ["natural", "fixed"]).splitlines()
+    assert len(ratios) == 3  # alone in its rounds, nothing is beside natural's
+    assert ratios[2] == "| fixed | chatray, fp32 | TRL 1.12.0, fp32 | 1.04 | 2.08 | 0.500 (0.500 to 0.500, 9 pairs) | interval below 1 |"
+    assert "rollout 0.25" in tables.phases(tmp_path, ["fixed"])
+    assert "| fixed | chatray, fp32 | 8 | 1.00 to 6.00 | 0.10 to 0.60 | 16.00 to 16.00 |" in tables.learning(tmp_path, ["fixed"])
+    assert "| fixed | chatray, fp32 | 99 | policy 0 90, others 9 |" in tables.memory(tmp_path, ["fixed"])
+
+
+def test_only_the_tables_can_be_written_from_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(tmp_path)
+    file = tmp_path / "BENCHMARKS.md"
+    file.write_text("# Benchmarks\n")
+    monkeypatch.setattr(report, "BENCHMARKS", file)
+    monkeypatch.setattr("sys.argv", ["bench", "--tables", "--out", str(tmp_path)])
+    bench.main()
+    found = file.read_text()
+    assert found.startswith("# Benchmarks\n\n<!-- bench:step-time -->\n")
+    assert "0.500 (0.500 to 0.500, 9 pairs)" in found
+    assert "no GPU" in found or "NVIDIA" in found
+    bench.main()
+    assert file.read_text() == found
+
+
+def test_a_part_that_is_no_script_yet_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    assert [bench.script(part) for part in bench.SCRIPTS] == [None, None, None]

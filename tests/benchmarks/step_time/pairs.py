@@ -1,10 +1,11 @@
 """One PPO iteration against another, in turns: each contestant is a process that stays alive, and all but one are blocked on a pipe.
 
-    python -m tests.benchmarks.step_time.pairs natural fp32 --pairs 20 --seconds 230
+    python -m tests.benchmarks.step_time.pairs natural --arms theirs ours --pairs 20 --seconds 230
 
-A call starts the contestants, warms each up by two steps, and then takes rounds until the pairs are enough or its seconds are over. Rounds
-are appended to <out>/rounds.jsonl, so that the same command goes on where it stopped. After the last round each takes one more step while
-its processes' memory is read, which is not timed.
+Contestants are `ours`, `theirs` (TRL) and `bare` (the bare loop) in fp32, and the same in bf16 with `-bf16` behind the name. A call starts
+them, warms each up by two steps, and then takes rounds until the pairs are enough or its seconds are over. Rounds are appended to
+<out>/rounds.jsonl, so that the same command goes on where it stopped. After the last round each takes one more step while its processes'
+memory is read, which is not timed.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ from tests.benchmarks.step_time.settings import SETTINGS
 ROOT = Path(__file__).resolve().parents[3]
 WARM_UP = 2
 MEMORY_SECONDS = 0.05
+ARMS = tuple(f"{kind}{suffix}" for suffix in ("", "-bf16") for kind in ("theirs", "ours", "bare"))
 
 
-def command(arm: str, folder: Path, run_dir: Path, dtype: str, trl: str, words: list[str]) -> list[str]:
+def command(arm: str, folder: Path, run_dir: Path, trl: str, words: list[str]) -> list[str]:
     """How a contestant is started."""
-    if arm == "theirs":
+    kind, _, dtype = arm.partition("-")
+    dtype = dtype or "fp32"
+    if kind == "theirs":
         return [trl, str(Path(__file__).with_name("theirs.py")), str(folder), str(run_dir), dtype]
-    if arm == "bare":
+    if kind == "bare":
         return [sys.executable, "-m", "tests.benchmarks.bare_loop", str(folder), dtype]
     return [sys.executable, "-m", "tests.benchmarks.step_time.ours", str(folder), str(run_dir), dtype, *words]
 
@@ -124,10 +128,15 @@ class MemoryWatch(threading.Thread):
         return {"total": self.total, "processes": dict(sorted(self.largest.items(), key=lambda item: -item[1]))}
 
 
-def read(file: Path, **wanted: Any) -> list[dict[str, Any]]:
-    """The lines with these values."""
+def read(file: Path, setting: str, arms: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a setting's rounds in which all of these took part."""
+    return [line for line in lines_of(file, setting) if set(arms) <= set(line["seconds"])]
+
+
+def lines_of(file: Path, setting: str) -> list[dict[str, Any]]:
+    """A setting's lines; none if the file is not there."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    return [line for line in lines if wanted.items() <= line.items()]
+    return [line for line in lines if line["setting"] == setting]
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
@@ -158,22 +167,22 @@ def contest(contestants: Sequence[Steps], pairs: int, deadline: float, file: Pat
     return int(made)
 
 
-def run(setting: str, dtype: str, arms: list[str], pairs: int, seconds: float, out: Path, data: str, trl: str, words: list[str]) -> int:
-    """Take rounds for one setting and precision; returns how many are still to be taken."""
+def run(setting: str, arms: Sequence[str], pairs: int, seconds: float, out: Path, data: str, trl: str, words: list[str]) -> int:
+    """Take rounds for one setting; returns how many are still to be taken."""
     deadline = time.monotonic() + seconds
     chosen = SETTINGS[setting]
     folder = prepare(chosen, out, data)
     file = out / "rounds.jsonl"
-    named = {"setting": setting, "dtype": dtype, "arms": arms, "session": int(time.time())}
-    left = pairs - len(read(file, setting=setting, dtype=dtype, arms=arms))
+    named = {"setting": setting, "session": int(time.time())}
+    left = pairs - len(read(file, setting, arms))
     if left <= 0:
         return 0
     scratch = Path(tempfile.mkdtemp(prefix="chatray-bench-"))
     contestants: list[Contestant] = []
     try:
         for arm in arms:
-            start = command(arm, folder, scratch / arm, dtype, trl, words)
-            contestants.append(Contestant.start(arm, start, out / "logs" / f"{setting}-{dtype}-{arm}.log", chosen.threads))
+            start = command(arm, folder, scratch / arm, trl, words)
+            contestants.append(Contestant.start(arm, start, out / "logs" / f"{setting}-{arm}.log", chosen.threads))
         for contestant in contestants:  # each starts with a step: they do it at once, and it is not timed
             contestant.answer()
         made = contest(contestants, left, deadline, file, named)
@@ -193,8 +202,7 @@ def run(setting: str, dtype: str, arms: list[str], pairs: int, seconds: float, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
-    parser.add_argument("--arms", nargs="+", default=["theirs", "ours", "bare"], choices=("theirs", "ours", "bare"))
+    parser.add_argument("--arms", nargs="+", default=["theirs", "ours", "bare"], choices=ARMS)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
@@ -203,10 +211,8 @@ def main() -> None:
     parser.add_argument("--words", nargs="*", default=[], help="further settings of ours")
     wanted = parser.parse_args()
     wanted.out.mkdir(parents=True, exist_ok=True)
-    left = run(
-        wanted.setting, wanted.dtype, wanted.arms, wanted.pairs, wanted.seconds, wanted.out.resolve(), wanted.data, wanted.trl, wanted.words
-    )
-    print(f"{wanted.setting} {wanted.dtype}: {left} rounds left" if left else f"{wanted.setting} {wanted.dtype}: done")
+    left = run(wanted.setting, wanted.arms, wanted.pairs, wanted.seconds, wanted.out.resolve(), wanted.data, wanted.trl, wanted.words)
+    print(f"{wanted.setting}: {left} rounds left" if left else f"{wanted.setting}: done")
 
 
 if __name__ == "__main__":
