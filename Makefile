@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TRL_VENV ?= .venv-trl
 TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 
-.PHONY: help install install-dev quickstart test test-full lint bench bench-recipe bench-preferences bench-learning bench-overoptimisation \
+.PHONY: help install install-dev quickstart test test-full lint bench bench-gpu bench-recipe bench-preferences bench-learning bench-overoptimisation \
 	bench-ptx mutants notebook clean
 
 help: ## Show this list
@@ -56,6 +56,9 @@ lint: install-dev ## ruff, mypy and the rules of who may import whom
 
 bench: install $(TRL_VENV)/.installed ## Side by side with TRL and with a bare PyTorch loop; writes BENCHMARKS.md, goes on where it stopped
 	$(BIN)/python -m tests.benchmarks.bench --trl $(TRL_VENV)/bin/python
+
+bench-gpu: install $(TRL_VENV)/.installed ## The same at 125m to 6.7b on one GPU, with MFU and the share of memory bandwidth
+	$(BIN)/python -m tests.benchmarks.gpu --trl $(TRL_VENV)/bin/python
 
 $(TRL_VENV)/.installed:
 	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)

@@ -50,13 +50,14 @@ class BareLoop:
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.threads)
+        self.device = torch.device(self.setting.device)
         lm, rm = str(self.folder / "lm"), str(self.folder / "rm")
-        self.policy, self.reference, sampler = (load_causal_lm(lm).eval() for _ in range(3))
-        self.critic, self.reward = (load_scalar_model(rm, 0).eval() for _ in range(2))
+        self.policy, self.reference, sampler = (load_causal_lm(lm).eval().to(self.device) for _ in range(3))
+        self.critic, self.reward = (load_scalar_model(rm, 0).eval().to(self.device) for _ in range(2))
         for frozen in (self.reference, self.reward):
             frozen.requires_grad_(False)
         end = sampler.generation_config.eos_token_id
-        self.engine = TransformersEngine(sampler, int(end), torch.device("cpu"))
+        self.engine = TransformersEngine(sampler, int(end), self.device)
         how: dict[str, Any] = {"lr": self.setting.lr, "betas": BETAS, "eps": 1e-5, "weight_decay": 0.0}
         self.optimizers = [torch.optim.AdamW(model.parameters(), **how) for model in (self.policy, self.critic)]
         prompts = json.loads((self.folder / "prompts.json").read_text(encoding="utf-8"))
@@ -85,7 +86,7 @@ class BareLoop:
         self.phases[phase] = time.perf_counter() - began
 
     def _precision(self) -> contextlib.AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16) if self.dtype == "bf16" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bf16" else contextlib.nullcontext()
 
     def _replies(self, number: int) -> Rollouts:
         index = step_rows(self.prompts.lengths, self.setting.prompts, number, 0, pool=1)  # in ours' order: then minibatches are the same
@@ -96,11 +97,11 @@ class BareLoop:
         order = rollouts.lengths.argsort(stable=True)
         scores, reference, values = [], [], []
         for part in order.split(self.setting.micro_batch):
-            piece = rollouts.select(part).trimmed()
+            piece = rollouts.select(part).trimmed().to(self.device)
             with self._precision():
-                scores.append(at_last(self.reward(piece.tokens), piece.lengths))
-                reference.append(self._logprobs(self.reference, piece)[0])
-                values.append(self._values(piece))
+                scores.append(at_last(self.reward(piece.tokens), piece.lengths).cpu())
+                reference.append(self._logprobs(self.reference, piece)[0].cpu())
+                values.append(self._values(piece).cpu())
         back = order.argsort()
         score, reference_logprobs, value = torch.cat(scores)[back], join_rows(reference)[back], join_rows(values)[back]
         kl = k1(rollouts.behaviour, reference_logprobs)
@@ -117,14 +118,14 @@ class BareLoop:
 
     def _logprobs(self, lm: nn.Module, rows: Rollouts | Experience) -> tuple[Tensor, Tensor]:
         """[B, T] log-probs of the replies' tokens, and [N] entropies."""
-        places = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
+        places = torch.arange(rows.tokens.shape[1], device=self.device).expand_as(rows.tokens)
         hidden = lm.base_model(input_ids=rows.tokens, position_ids=places, use_cache=False).last_hidden_state  # type: ignore[operator]
         logits = lm.get_output_embeddings()(hidden[:, :-1][rows.mask[:, 1:]]).float()  # type: ignore[operator]
         logprobs = torch.log_softmax(logits, dim=-1)
         picked = logprobs.gather(-1, rows.tokens[:, 1:][rows.mask[:, 1:]][:, None])[:, 0]
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return torch.zeros(rows.tokens.shape).masked_scatter(rows.mask, picked), entropy
+        return torch.zeros(rows.tokens.shape, device=self.device).masked_scatter(rows.mask, picked), entropy
 
     def _values(self, rows: Rollouts | Experience) -> Tensor:
         critic: ScalarModel = self.critic
@@ -144,7 +145,7 @@ class BareLoop:
         for minibatch in minibatches(experience, self.setting.epochs, self.setting.minibatches, (0, number, 0)):
             tokens = float(minibatch.mask.sum())
             for rows in micro_batches(minibatch, self.setting.micro_batch):
-                loss(rows, tokens).backward()
+                loss(rows.to(self.device), tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -11,6 +11,7 @@ memory is read, which is not timed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -79,13 +80,24 @@ class Contestant:
         return found
 
     def step(self) -> tuple[float, dict[str, Any]]:
-        """(seconds from telling it to go until it handed over, its own figures)."""
+        """(seconds from telling it to go until it handed over, its own figures and its processes' CPU seconds)."""
         assert self.process.stdin is not None
+        before = self.cpu()
         began = time.perf_counter()
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         found = self.answer()
-        return time.perf_counter() - began, found
+        seconds = time.perf_counter() - began
+        return seconds, found | {"cpu": self.cpu() - before}
+
+    def cpu(self) -> float:
+        """CPU seconds so far of all its processes that are alive."""
+        root, total = psutil.Process(self.process.pid), 0.0
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                spent = process.cpu_times()
+                total += spent.user + spent.system
+        return total
 
     def end(self) -> None:
         assert self.process.stdin is not None

@@ -6,8 +6,10 @@ import argparse
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
 from orchestration import config as configuration
@@ -39,7 +41,8 @@ def prepare(setting: Setting, out: Path, data: str) -> Path:
     folder.mkdir(parents=True)
     dialogues = _trained(setting, folder, out, data) if setting.ends else _random(setting, folder)
     chat = Chat(load_tokenizer(str(folder / "lm"), "policy_checkpoint"))
-    reward = ScalarModel(load_causal_lm(str(folder / "lm")).base_model, seed=1)  # type: ignore[arg-type]
+    backbone = _of_scale([f"scale={setting.reward_scale}"], chat) if setting.reward_scale else load_causal_lm(str(folder / "lm"))
+    reward = ScalarModel(backbone.base_model, seed=1)  # type: ignore[arg-type]
     (folder / "rm").mkdir()
     save_model(reward, reward.state_dict(), folder / "rm")
     prompts = [{"messages": d.as_list(), "tokens": ids} for d, ids in zip(dialogues, chat.prompt_all(dialogues), strict=True)]
@@ -52,13 +55,19 @@ def _random(setting: Setting, folder: Path) -> list[Dialogue]:
     """A model of random weights that no token stops, and prompts of one length."""
     config = configuration.load(["data=world", *setting.scale])
     demonstrations = scenarios.demonstrations(200, 0, config.data.flaws)  # type: ignore[union-attr]
-    chat = Chat(learn_tokenizer(demonstrations, config.scale.vocabulary))
-    lm = new_causal_lm(config.scale, len(chat.tokenizer), 0, 0.0, chat.end, chat.pad)
-    lm.generation_config.eos_token_id = len(chat.tokenizer)  # no token has this number
+    chat = Chat(learn_tokenizer(demonstrations, min(config.scale.vocabulary, 1024)))
+    lm = _of_scale(setting.scale, chat)
+    lm.generation_config.eos_token_id = config.scale.vocabulary  # no token has this number
     lm.save_pretrained(folder / "lm")
     chat.save(folder / "lm")
     said = {word for dialogue in demonstrations for message in dialogue.messages for word in message.content.split() if word.isalpha()}
     return [_asked(chat, sorted(said), setting.prompt_tokens, random.Random(number)) for number in range(setting.prompts)]
+
+
+def _of_scale(words: Sequence[str], chat: Chat) -> PreTrainedModel:
+    """Random weights, of the scale's whole vocabulary."""
+    scale = configuration.load(["data=world", *words]).scale
+    return new_causal_lm(scale, scale.vocabulary, 0, 0.0, chat.end, chat.pad)
 
 
 def _asked(chat: Chat, words: list[str], length: int, draw: random.Random) -> Dialogue:

@@ -39,6 +39,13 @@ class Setting:
     """Ours and the bare loop's; TRL's is the minibatch."""
     runtime: str = "ray"
     threads: int = 2
+    """Of TRL's process and the bare loop's; ours has those of its placement."""
+    placement: tuple[str, ...] = ("placement=cpu",)
+    """Of ours: where its ranks run, and how their models are held."""
+    device: str = "cpu"
+    """Of TRL and the bare loop; ours takes what its placement reserves."""
+    reward_scale: str | None = None
+    """Shape of reward model and critic; None: the policy's."""
 
     def save(self, folder: Path) -> None:
         (folder / "setting.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -50,21 +57,15 @@ SETTINGS = {
     "smoke": Setting(
         "smoke", ("scale=micro", "scale.layers=1", "scale.width=32", "scale.heads=2", "scale.feed_forward=32"), prompts=8,
         prompt_tokens=16, limit=4, epochs=2, minibatches=2, runtime="local", threads=1,
+        placement=("placement=cpu", *(f"placement.{role}.threads=1" for role in ROLES)),
     ),
 }  # fmt: skip
-
-PLACEMENT = {
-    "fixed": ["placement=cpu"],
-    "natural": ["placement=cpu"],
-    "smoke": ["placement=cpu", *(f"placement.{role}.threads=1" for role in (*ROLES, "train"))],
-}
-"""What was fastest of what was tried on two cores (README.md beside this file)."""
 
 
 def load(folder: Path) -> Setting:
     """The setting that a folder was prepared for."""
     found = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
-    return replace(Setting(**found), scale=tuple(found["scale"]))
+    return replace(Setting(**found), scale=tuple(found["scale"]), placement=tuple(found["placement"]))
 
 
 def words(setting: Setting, folder: Path, run_dir: Path, dtype: str) -> list[str]:
@@ -76,5 +77,5 @@ def words(setting: Setting, folder: Path, run_dir: Path, dtype: str) -> list[str
         f"ppo.lr={setting.lr}", f"ppo.critic_lr={setting.lr}", "ppo.warmup=0", f"ppo.kl.beta={setting.beta}", "ppo.kl.controller=fixed",
         "ppo.guard.action=off", "ppo.judge.every=0",
         "ppo.old_logprobs=behaviour", f"ppo.missing_end_penalty={1.0 if setting.ends else 0.0}", f"ppo.max_new_tokens={setting.limit}",
-        "ppo.max_grad_norm=1e9", *PLACEMENT[setting.name],
+        "ppo.max_grad_norm=1e9", *setting.placement,
     ]  # fmt: skip

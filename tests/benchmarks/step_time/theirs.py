@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 folder, run_dir, dtype = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 kernel = sys.argv[4] if len(sys.argv) > 4 else "sdpa"
 os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if dtype == "bf16" else "no"
 setting = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
 os.environ["OMP_NUM_THREADS"] = str(setting["threads"])
+if setting["device"] == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from turns import EndedError, Turns  # noqa: E402
@@ -30,7 +32,7 @@ turns = Turns()
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback  # noqa: E402
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 from trl.experimental.ppo import ppo_trainer as module  # noqa: E402
 
@@ -71,7 +73,7 @@ def timed_generation(phases: dict[str, float], end: int | None, prompt: int):
     return generation
 
 
-def scalar_model(tokenizer):
+def scalar_model():
     """The reward model, and the critic, from chatray's folder: a backbone and a head without bias."""
     model = AutoModelForSequenceClassification.from_pretrained(folder / "rm", num_labels=1, dtype=torch.float32, attn_implementation=kernel)
     head = load_file(folder / "rm" / "scalar_head.safetensors")
@@ -82,14 +84,18 @@ def scalar_model(tokenizer):
 
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "lm", padding_side="left")
+    rows = AutoConfig.from_pretrained(folder / "lm").vocab_size
+    tokenizer.add_tokens([f"<|unused {number}|>" for number in range(len(tokenizer), rows)])  # so that the next has no row in the model
     tokenizer.add_special_tokens({"pad_token": "<|never sampled|>"})
+    assert tokenizer.pad_token_id >= rows
     prompts = [prompt["tokens"] for prompt in json.loads((folder / "prompts.json").read_text(encoding="utf-8"))]
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(folder / "lm", dtype=torch.float32, attn_implementation=kernel) for _ in range(2)
     )
     batch = setting["prompts"]
     config = PPOConfig(
-        output_dir=run_dir, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy="no",
+        output_dir=run_dir, use_cpu=setting["device"] == "cpu", bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
+        save_strategy="no",
         logging_steps=1, num_sample_generations=0, seed=0, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         num_mini_batches=setting["minibatches"], num_ppo_epochs=setting["epochs"], total_episodes=batch * 100_000,
         local_rollout_forward_batch_size=batch, response_length=setting["limit"], temperature=1.0, learning_rate=setting["lr"],
@@ -101,8 +107,8 @@ def main() -> None:
     module.batch_generation = timed_generation(phases, end, max(map(len, prompts)))
     rows = Dataset.from_dict({"input_ids": prompts})
     trainer = PPOTrainer(
-        args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=scalar_model(tokenizer),
-        value_model=scalar_model(tokenizer), train_dataset=rows, eval_dataset=rows, callbacks=[Paced(phases)],
+        args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=scalar_model(),
+        value_model=scalar_model(), train_dataset=rows, eval_dataset=rows, callbacks=[Paced(phases)],
     )  # fmt: skip
     with contextlib.suppress(EndedError):
         trainer.train()
