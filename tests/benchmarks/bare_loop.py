@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bare_loop <prepared folder> fp32 --steps 3
 
 Generation with the same sampler and its key-value cache, one pass each for scores, reference log-probs and values (the engine's log-probs
-are the old ones, as in TRL), GAE, and epochs x minibatches with AdamW for policy, then critic, over the same micro-batches as ours. Logits
+are the old ones, as in TRL), GAE, and epochs x minibatches with AdamW for policy, then critic, over micro-batches of similar length. Logits
 are made for replies alone and kept for the backward pass.
 """
 
@@ -27,7 +27,7 @@ from actors.algorithms.masking import alone, whiten
 from actors.algorithms.ppo import policy_loss, value_loss
 from actors.batch import Experience, Prompts, Rollouts, join_rows, pad_rows
 from actors.language_task import step_rows
-from actors.learning import micro_batches, minibatches
+from actors.learning import minibatches
 from actors.models import ScalarModel, at_last, before_each, load_causal_lm, load_scalar_model
 from actors.rollout_transformers import TransformersEngine
 from actors.sampling import Sampling
@@ -52,12 +52,12 @@ class BareLoop:
         torch.set_num_threads(self.setting.threads)
         self.device = torch.device(self.setting.device)
         lm, rm = str(self.folder / "lm"), str(self.folder / "rm")
-        self.policy, self.reference, sampler = (load_causal_lm(lm).eval().to(self.device) for _ in range(3))
+        self.policy, self.reference, self.sampler = (load_causal_lm(lm).eval().to(self.device) for _ in range(3))
         self.critic, self.reward = (load_scalar_model(rm, 0).eval().to(self.device) for _ in range(2))
         for frozen in (self.reference, self.reward):
             frozen.requires_grad_(False)
-        end = sampler.generation_config.eos_token_id
-        self.engine = TransformersEngine(sampler, int(end), self.device)
+        end = self.sampler.generation_config.eos_token_id
+        self.engine = TransformersEngine(self.sampler, int(end), self.device)
         how: dict[str, Any] = {"lr": self.setting.lr, "betas": BETAS, "eps": 1e-5, "weight_decay": 0.0}
         self.optimizers = [torch.optim.AdamW(model.parameters(), **how) for model in (self.policy, self.critic)]
         prompts = json.loads((self.folder / "prompts.json").read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ class BareLoop:
         with self.timed("critic"):
             self._learn(self._value_loss, self.optimizers[1], experience, number)
         with self.timed("sync"):
-            self.engine.load_weights({name: p.detach() for name, p in self.policy.named_parameters()}, number + 1)
+            self._copy()
         return figures | {"seconds": time.perf_counter() - began} | {f"seconds_{name}": spent for name, spent in self.phases.items()}
 
     @contextlib.contextmanager
@@ -84,6 +84,11 @@ class BareLoop:
         began = time.perf_counter()
         yield
         self.phases[phase] = time.perf_counter() - began
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        for mine, learned in zip(self.sampler.parameters(), self.policy.parameters(), strict=True):
+            mine.copy_(learned)
 
     def _precision(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bf16" else contextlib.nullcontext()
@@ -144,7 +149,8 @@ class BareLoop:
     def _learn(self, loss: Loss, optimizer: torch.optim.Optimizer, experience: Experience, number: int) -> None:
         for minibatch in minibatches(experience, self.setting.epochs, self.setting.minibatches, (0, number, 0)):
             tokens = float(minibatch.mask.sum())
-            for rows in micro_batches(minibatch, self.setting.micro_batch):
+            for part in minibatch.lengths.argsort(stable=True).split(self.setting.micro_batch):
+                rows = minibatch.select(part).trimmed()
                 loss(rows.to(self.device), tokens).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -29,11 +29,12 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 SETTINGS = ("natural", "fixed")
 ARMS = ("theirs", "ours", "bare", "ours-bf16", "theirs-bf16")
-SCRIPTS = {
-    "rollout-speed": ("Rollouts, tokens per second", "rollout_speed"),
-    "weight-sync": ("Weights on their way", "weight_sync"),
-    "control-plane": ("What the driver itself costs", "control_plane"),
+SCRIPTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rollout-speed": ("Rollouts, tokens per second", ("rollout_speed",)),
+    "weight-sync": ("Weights on their way", ("weight_sync", "weight_sync --ranks 2 --sizes 125m")),
+    "control-plane": ("What the driver itself costs", ("control_plane", "control_plane --ranks 256 --fake")),
 }
+"""Part -> (title, scripts with their arguments)."""
 PARTS = ("step-time", *SCRIPTS)
 
 
@@ -58,19 +59,22 @@ def step_time(out: Path, rounds: int, data: str, trl: str, measure: bool) -> str
 
 
 def script(part: str) -> str | None:
-    """The section of a part that is a script; None if it is not there.
+    """The section of a part that is made by scripts: what each prints; None if they are not there.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: one failed.
     """
-    title, module = SCRIPTS[part]
-    if not (FOLDER / f"{module}.py").exists():
+    title, lines = SCRIPTS[part]
+    if not (FOLDER / f"{lines[0].split()[0]}.py").exists():
         return None
-    command = [sys.executable, "-m", f"tests.benchmarks.{module}"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{part}: {' '.join(command)} ended with {done.returncode}")
-    return f"## {title}\n\n{_how(f'python -m tests.benchmarks.{module}', '')}\n\n{done.stdout.strip()}"
+    found = [f"## {title}"]
+    for line in lines:
+        command = [sys.executable, "-m", *f"tests.benchmarks.{line}".split()]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{part}: {' '.join(command)} ended with {done.returncode}")
+        found += [_how(f"python -m tests.benchmarks.{line}", ""), done.stdout.strip()]
+    return "\n\n".join(found)
 
 
 def _how(command: str, note: str) -> str:

@@ -252,3 +252,18 @@ def test_only_the_tables_can_be_written_from_what_was_measured(tmp_path: Path, m
 def test_a_part_that_is_no_script_yet_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     assert [bench.script(part) for part in bench.SCRIPTS] == [None, None, None]
+
+
+def test_a_part_that_is_a_script_is_what_the_script_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "tests" / "benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "control_plane.py").write_text("import sys\nprint('| ranks', *sys.argv[1:])\nprint('noise', file=sys.stderr)\n")
+    monkeypatch.setattr(bench, "FOLDER", folder)
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    found = (bench.script("control-plane") or "").split("\n\n")
+    assert found[0] == "## What the driver itself costs"
+    assert found[1].startswith("`python -m tests.benchmarks.control_plane`, ")
+    assert found[2::2] == ["| ranks", "| ranks --ranks 256 --fake"]
+    (folder / "control_plane.py").write_text("raise SystemExit(3)")
+    with pytest.raises(SystemExit, match=r"control-plane: .*control_plane ended with 3"):
+        bench.script("control-plane")
