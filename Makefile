@@ -12,7 +12,12 @@ SEED ?= 0
 JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install install-dev quickstart test test-full lint bench-recipe bench-preferences bench-learning bench-async bench-overoptimisation \
+# TRL, to compare with: an environment of its own, since it pins what it likes.
+TRL_VENV ?= .venv-trl
+TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
+
+.PHONY: help install install-dev quickstart test test-full lint bench bench-gpu bench-recipe bench-preferences bench-learning \
+	bench-async bench-overoptimisation \
 	bench-ptx mutants notebook clean
 
 help: ## Show this list
@@ -50,6 +55,18 @@ lint: install-dev ## ruff, mypy and the rules of who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: install $(TRL_VENV)/.installed ## Side by side with TRL and with a bare PyTorch loop; writes BENCHMARKS.md, goes on where it stopped
+	$(BIN)/python -m tests.benchmarks.bench --trl $(TRL_VENV)/bin/python
+
+bench-gpu: install $(TRL_VENV)/.installed ## The same at 125m to 6.7b on one GPU, with MFU and the share of memory bandwidth
+	$(BIN)/python -m tests.benchmarks.gpu --trl $(TRL_VENV)/bin/python
+
+$(TRL_VENV)/.installed:
+	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	BIN="$(TRL_VENV)/bin" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" bash cluster/install_torch.sh
+	$(TRL_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" $(TRL)
+	touch $@
+
 bench-recipe: install ## The quickstart over three seeds and the Taskmaster experiment, as in BENCHMARKS.md
 	for seed in 0 1 2; do $(BIN)/chatray run experiment=quickstart seed=$$seed run_dir=runs/quickstart-seed$$seed || exit 1; done
 	$(BIN)/chatray run experiment=taskmaster_coffee data.path=../shared/data/taskmaster-4
@@ -78,4 +95,4 @@ notebook: install-dev ## Execute the notebooks in place (after `make quickstart`
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean: ## Delete the environment and the runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(TRL_VENV) runs

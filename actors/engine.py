@@ -73,6 +73,9 @@ class Engine:
             self._fill_partitions(chosen, torch.bfloat16 if bf16 else torch.float32)
             trained = [p for p in module.parameters() if p.requires_grad]
         self.deepspeed, *_ = deepspeed.initialize(model=module, config=chosen, model_parameters=trained or None)
+        if self.zero_stage == 0 and self.world_size == 1:
+            # with nobody to add up with, DeepSpeed would still copy all gradients into a buffer and back: 7 ms of 3.7M on a core, each step
+            self.deepspeed.enable_backward_allreduce = False
 
     def _settings(self, sharding: Sharding, optimizer: Optimizer | None, bf16: bool) -> dict[str, Any]:
         sizes = [p.numel() for p in self.module.parameters()]

@@ -66,6 +66,12 @@ def test_a_step_is_adamw_on_the_summed_and_clipped_gradients_of_its_micro_batche
             torch.testing.assert_close(weights(subject)[name], tensor, atol=2e-6, rtol=1e-5)
 
 
+def test_a_rank_that_is_alone_exchanges_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = engine()
+    monkeypatch.setattr(subject.deepspeed, "allreduce_bucket", lambda *_, **__: pytest.fail("gradients were gathered for nobody"))
+    assert learn(subject, 0) > 0
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_resumed_engine_goes_on_bit_by_bit_as_if_nothing_had_happened(stage: int, tmp_path: Path) -> None:
     one = engine(stage)
