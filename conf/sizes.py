@@ -80,4 +80,4 @@ class Engine(Settings):
     shard_mb: Count
     """Size at which an exported checkpoint goes on in another file, MB; also what loading and exporting hold at once, at most."""
     rollout_batch: Count
-    """Replies that one rollout rank samples at once; less uses less memory for keys and values and changes no result."""
+    """Replies that one rank of `rollout=transformers` samples at once; less uses less memory for keys and values and changes no result."""
