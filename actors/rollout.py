@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,28 +21,45 @@ from actors.weight_sync import BUCKET_BYTES, Arrivals, WeightUpdate, unpack
 from actors.weights import Weight
 from actors.worker import Worker
 
+if TYPE_CHECKING:
+    from actors.rollout_vllm import VLLMEngine
+
 
 class Rollout(Worker):
     """One rollout rank: an engine, its weights, and the end-of-turn token it stops at."""
 
+    def join(self, host: str, port: int, timeout: float) -> None:
+        """Engines have nothing to say to each other, and vLLM makes process groups of its own, the default one among them."""
+        if self.config.rollout.engine != "vllm":
+            super().join(host, port, timeout)
+
     def load(self) -> None:
-        lm = load_causal_lm(self.checkpoint)
-        end = lm.generation_config.eos_token_id
-        end = int(end[0] if isinstance(end, list) else end)  # chat models may list several; the first is the turn's end
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.config.dtype() == "bf16" and computes_in_bf16(self.device.type):
-            lm.bfloat16()
-        self.engine: RolloutEngine = TransformersEngine(lm, end, self.device)
+        self.engine: RolloutEngine = self._vllm() if self.config.rollout.engine == "vllm" else self._transformers()
         self.asleep = False
         self.counted: list[int] = []
         self.arrivals = Arrivals()
+
+    def _transformers(self) -> RolloutEngine:
+        lm = load_causal_lm(self.checkpoint)
+        end = lm.generation_config.eos_token_id
+        end = int(end[0] if isinstance(end, list) else end)  # chat models may list several; the first is the turn's end
+        if self.config.dtype() == "bf16" and computes_in_bf16(self.device.type):
+            lm.bfloat16()
+        return TransformersEngine(lm, end, self.device)
+
+    def _vllm(self) -> VLLMEngine:
+        from actors.rollout_vllm import VLLMEngine
+
+        return VLLMEngine(self.config, self.checkpoint, self.device)
 
     def generate(self, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
         """Replies to all pieces, sampled in batches of similar prompt length and given back in the same pieces."""
         self._check_awake()
         prompts = Prompts.join(pieces)
         order = prompts.lengths.argsort(stable=True)
-        batches = [prompts.select(rows).trimmed() for rows in order.split(self.config.engine.rollout_batch)]
+        at_once = len(prompts) if self.config.rollout.engine == "vllm" else self.config.engine.rollout_batch  # vLLM lets replies queue
+        batches = [prompts.select(rows).trimmed() for rows in order.split(at_once)]
         rollouts = Rollouts.join([self.engine.generate(batch, sampling) for batch in batches]).select(order.argsort())
         sizes = [len(piece) for piece in pieces]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -57,7 +75,11 @@ class Rollout(Worker):
     def reload(self, checkpoint: str) -> None:
         """Sample from other weights of the same shape from now on."""
         self.checkpoint = staged(checkpoint, self.config.engine.stage_folder)
-        self.load()
+        if self.config.rollout.engine == "vllm":
+            self.engine.reload(self.checkpoint)  # type: ignore[attr-defined]
+            self.arrivals = Arrivals()
+        else:
+            self.load()
 
     @off_device
     def load_weights(self, update: WeightUpdate) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import Field
 
+from conf.engines import TransformersRollout, VLLMRollout
 from conf.machines import Cluster, Placement, Ray
 from conf.ppo import PPO
 from conf.settings import Count, NotNegative, Positive, Settings, Whole
@@ -232,6 +233,8 @@ class Config(Settings):
     """Ranks and resources."""
     engine: Engine
     """DeepSpeed."""
+    rollout: Annotated[TransformersRollout | VLLMRollout, Field(discriminator="engine")]
+    """What samples replies."""
     lora: LoRA
     """Low-rank adapters."""
     data: Annotated[WorldData | FilesData, Field(discriminator="kind")]

@@ -92,7 +92,7 @@ class Engine(Settings):
     shard_mb: Count
     """Size at which an exported checkpoint goes on in another file, MB; also what loading and exporting hold at once, at most."""
     rollout_batch: Count
-    """Replies that one rollout rank samples at once; less uses less memory for keys and values and changes no result. The
+    """Replies that one rank of `rollout=transformers` samples at once; less uses less memory for keys and values and changes no result. The
     scale's by default."""
     longest: Annotated[int, Ge(2)] | None
     """Tokens of the longest sequence in any stage, prompt and reply together: what is longer is shortened or left out, as if the model's

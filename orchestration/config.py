@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 import conf
+from conf.engines import TransformersRollout, VLLMRollout
 from conf.schema import Config
 from conf.sizes import Scale
 from conf.sources import FilesData, Part, WorldData
@@ -68,7 +69,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         if key.split(".")[0].lstrip("+~") == "hydra":
             mistakes.append(f"{text}: Hydra's own settings have no place here; chatray composes and runs by itself")
             continue
-        if key in ("data.kind", "labeler.kind"):
+        if key in ("data.kind", "labeler.kind", "rollout.engine"):
             mistakes.append(f"{text}: choose the group instead: {key.split('.')[0]}={value}")
             continue
         try:
@@ -124,12 +125,16 @@ def _typed(plain: dict[str, Any], mistakes: list[str]) -> Config | None:
         return TypeAdapter(Config).validate_json(json.dumps(plain), strict=True)
     except ValidationError as found:
         source = {"world": WorldData, "files": FilesData}.get(str((plain.get("data") or {}).get("kind")), WorldData)
-        known = [name for name in leaves(Config) if not name.startswith("data.")] + list(leaves(source, "data."))
+        engine = VLLMRollout if (plain.get("rollout") or {}).get("engine") == "vllm" else TransformersRollout
+        known = [name for name in leaves(Config) if not name.startswith(("data.", "rollout."))]
+        known += [*leaves(source, "data."), *leaves(engine, "rollout.")]
         for error in found.errors():
             key = _key(error["loc"])
             key = next((alias for alias, name in ALIASES.items() if name == key), key)
             if error["type"] == "missing":
                 mistakes.append(f"{key}: needed, but nothing gives it a value (was it deleted, or its group changed by hand?)")
+            elif error["type"] in ("unexpected_keyword_argument", "extra_forbidden") and key in leaves(VLLMRollout, "rollout."):
+                mistakes.append(f"{key}: a setting of vLLM, and replies are sampled by transformers; choose rollout=vllm")
             elif error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 mistakes.append(f"{key}: no such setting; did you mean {nearest(key, known)[0]}?")
             else:
@@ -140,6 +145,7 @@ def _typed(plain: dict[str, Any], mistakes: list[str]) -> Config | None:
 def _key(location: Sequence[str | int]) -> str:
     """The setting at fault. The tag of a union stands in its location but is no part of its name."""
     tagged = {n for n, part in enumerate(location) if part in ("world", "files") or (location[:2] == ("ppo", "rewards") and n == 3)}
+    tagged |= {1} if location[0] == "rollout" else set()
     return ".".join(str(part) for n, part in enumerate(location) if n not in tagged)
 
 

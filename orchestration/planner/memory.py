@@ -30,6 +30,7 @@ from typing import Literal
 
 from actors.algorithms.logprobs import CHUNK_LOGITS
 from actors.sharding import NVME_BUFFERS, PERSISTENT, buckets, stage_in_force
+from conf.engines import VLLMRollout
 from conf.schema import Config
 from orchestration.planner.machines import GIB
 from orchestration.planner.shapes import Shape, activations, language_model, longest, scalar_model
@@ -40,6 +41,8 @@ PLACES: tuple[Where, ...] = ("device", "host", "nvme", "disk")
 
 PROCESS = int(0.7 * GIB)
 """Private memory of a rank's process with torch, transformers and DeepSpeed loaded, in host memory."""
+VLLM_PROCESS = int(1.2 * GIB)
+"""The same of a process that has imported vLLM."""
 CONTEXT = int(0.8 * GIB)
 """Device memory of a process before its first tensor: CUDA's context, kernels, NCCL's channels. An assumption, not measured."""
 
@@ -195,6 +198,8 @@ def frozen(config: Config, shape: Shape, ranks: int, rows: int, tokens: int, cud
 def rollout(config: Config, shape: Shape, cuda: bool) -> RankMemory:
     """One device of a rollout engine: its part of the weights, and of the keys and values of a batch of replies as long as they may be."""
     place = config.placement.rollout
+    if isinstance(config.rollout, VLLMRollout):
+        return _vllm(config, config.rollout, shape, cuda)
     low = 2 if config.dtype() == "bf16" and cuda else 4
     rows = min(config.engine.rollout_batch, max(config.ppo.batch // place.ranks, 1))
     cache = _ceil(shape.cache(rows * longest(config), low), place.tensor_parallel)
@@ -211,6 +216,26 @@ def rollout(config: Config, shape: Shape, cuda: bool) -> RankMemory:
             Held("shards", "host", min(config.engine.shard_mb * 10**6, shape.parameters * 4)),
         ),
         shape.parameters * 4 if place.tensor_parallel == 1 else 0,  # an engine that splits its model reads each device's part
+    )
+
+
+def _vllm(config: Config, settings: VLLMRollout, shape: Shape, cuda: bool) -> RankMemory:
+    """One device of a vLLM engine. On a GPU it fills the share it is given with cache, once the weights and a pass are in; the cache is at
+    least what the longest sequence needs."""
+    parts, low = config.placement.rollout.tensor_parallel, 2 if config.dtype() == "bf16" else 4
+    weights = _ceil(shape.parameters, parts) * low
+    workspace = settings.sequences * shape.vocabulary * 3 * 4  # logits and log-probs in fp32, beside noise to draw by
+    least = _ceil(shape.cache(longest(config), low), parts)
+    given = settings.gpu_memory * config.cluster.gpu_memory_gib if cuda else settings.cpu_cache_gib
+    cache = int(given * GIB) - (weights + workspace if cuda else 0)
+    return RankMemory(
+        (
+            Held("parameters", "device", weights),
+            Held("kv_cache", "device", max(cache, least)),
+            Held("workspace", "device", workspace),
+            Held("process", "host", VLLM_PROCESS * (parts + 1 if parts > 1 else 1)),
+            *([Held("runtime", "device", CONTEXT)] if cuda else []),
+        )
     )
 
 

@@ -120,15 +120,15 @@ def _idle(parts: Sequence[Part], nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def splits_engines(config: Config) -> bool:
-    """Whether rollout engines can be split over devices (`placement.rollout.tensor_parallel`). The transformers engine, which is the only
-    one, does not; `orchestration/recipe.py` refuses to run it so."""
-    return False
+    """Whether rollout engines can be split over devices (`placement.rollout.tensor_parallel`). The transformers engine cannot, and
+    `orchestration/recipe.py` refuses to run it so."""
+    return config.rollout.engine == "vllm"
 
 
 def _refused(config: Config) -> Iterator[str]:
     parts = config.placement.rollout.tensor_parallel
     if parts > 1 and not splits_engines(config):
-        yield f"placement.rollout.tensor_parallel={parts} is planned only: a run refuses it, since the transformers engine does not split"
+        yield f"placement.rollout.tensor_parallel={parts} needs rollout=vllm: a run with rollout=transformers refuses it"
 
 
 def groups(config: Config) -> dict[str, list[str]]:

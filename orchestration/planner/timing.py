@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from actors.sharding import stage_in_force
+from conf.engines import VLLMRollout
 from conf.machines import Cluster
 from conf.schema import Config
 from orchestration.planner.machines import Node
@@ -207,7 +208,7 @@ def _together(config: Config, works: dict[str, Work]) -> Work:
 def _generate(config: Config, shape: Shape, tokens: Lengths, cache_passes: int, low: int) -> Work:
     place, batch = config.placement.rollout, config.ppo.batch
     mine = batch / place.ranks
-    rounds = ceil(mine / config.engine.rollout_batch)
+    rounds = ceil(mine / (config.rollout.sequences if isinstance(config.rollout, VLLMRollout) else config.engine.rollout_batch))
     rows = mine / rounds
     prompt, reply = tokens.longest_prompt, tokens.reply  # an engine's batch is padded to its longest prompt
     prefill = shape.forward_flops(mine * prompt, prompt) / place.tensor_parallel

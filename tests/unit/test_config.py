@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conf.engines import VLLMRollout
 from conf.schema import Config
 from conf.sources import FilesData
 from orchestration import config as configuration
@@ -336,3 +337,12 @@ def test_offloading_what_the_stage_does_not_cut_up_is_refused(overrides: tuple[s
 def test_offloading_that_goes_together_is_accepted(tmp_path: Path) -> None:
     given = ("engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.offload_parameters=cpu", f"engine.nvme_path={tmp_path}")
     assert configuration.load(["experiment=smoke", *given], tmp_path).offload_parameters() == "cpu"
+
+
+def test_settings_of_vllm_belong_to_vllm() -> None:
+    assert load(["rollout=vllm", "rollout.sequences=8"]).rollout == VLLMRollout("vllm", 0.5, 1.0, 8, None)
+    assert mistakes("rollout.sequences=8") == [
+        "rollout.sequences: a setting of vLLM, and replies are sampled by transformers; choose rollout=vllm"
+    ]
+    assert mistakes("rollout=vllm", "rollout.sequence=8") == ["rollout.sequence: no such setting; did you mean rollout.sequences?"]
+    assert mistakes("rollout.engine=vllm") == ["rollout.engine=vllm: choose the group instead: rollout=vllm"]

@@ -7,8 +7,9 @@ import pytest
 
 from conf.rewards import FunctionReward, ModelReward
 from conf.schema import STAGES, Config
+from orchestration import recipe
 from orchestration.errors import RequestError
-from orchestration.recipe import check, identity, inputs_of, stages_of
+from orchestration.recipe import check, engine_mistakes, identity, inputs_of, stages_of
 from tests.fakes import smoke, with_section
 
 
@@ -47,6 +48,7 @@ def lora_in_identity(stage: str, *overrides: str) -> Any:
         ("runtime=ray", *(f"placement.{role}.ranks=2" for role in ("train", "policy", "critic", "reference", "reward", "rollout"))),
         ("engine.micro_batch=2", "engine.shard_mb=7", "engine.rollout_batch=3", "placement.sleep=true", "placement.interface=lo"),
         ("scale.dtype=bf16",),  # model.dtype=fp32 is in force
+        ("rollout=vllm", "rollout.sequences=3"),
     ],
 )
 def test_ranks_sharding_and_ways_to_save_memory_make_no_other_stage(words: tuple[str, ...]) -> None:
@@ -92,3 +94,27 @@ def test_without_a_reward_model_of_its_own_a_run_leaves_out_the_stages_that_make
 def test_engines_that_cannot_be_split_are_refused_before_anything_starts() -> None:
     with pytest.raises(RequestError, match="tensor_parallel=2: it can be planned"):
         check(smoke("placement.rollout.tensor_parallel=2"), SimpleNamespace(), SimpleNamespace(), ["ppo"])  # type: ignore[arg-type]
+
+
+VLLM = ("rollout=vllm", "runtime=ray", "scale.width=64")
+
+
+@pytest.mark.parametrize(
+    ("words", "installed", "text"),
+    [
+        (VLLM, True, ""),
+        ((*VLLM, "placement.rollout.tensor_parallel=2"), True, ""),
+        (VLLM, False, "the package vllm is not installed"),
+        ((*VLLM, "ray.address=10.0.0.1:6379"), False, ""),  # the driver's packages say nothing of the nodes'
+        ((*VLLM, "runtime=local"), True, "with runtime=local all roles are one process"),
+        ((*VLLM, "scale.width=16"), True, "heads 8 wide, and those of vLLM on CPUs are 32, 64"),
+        ((*VLLM, "scale.width=16", "placement.rollout.gpus=1"), True, ""),
+    ],
+)
+def test_where_vllm_cannot_run_it_is_said_before_anything_starts(
+    words: tuple[str, ...], installed: bool, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: object() if installed else None)
+    found = list(engine_mistakes(smoke(*words)))
+    assert len(found) == (1 if text else 0)
+    assert all(text in mistake for mistake in found)

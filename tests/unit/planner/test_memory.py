@@ -96,3 +96,13 @@ def test_a_critic_may_be_of_another_size() -> None:
     larger = replace(config, reward_scale=configuration.load(["scale=125m"]).scale)
     assert of_role(larger, "critic", cuda=False).of("parameters") > 10 * of_role(config, "critic", cuda=False).of("parameters")
     assert of_role(larger, "policy", cuda=False) == of_role(config, "policy", cuda=False)
+
+
+def test_a_vllm_engine_fills_what_it_is_given() -> None:
+    on_cpu = of_role(load("rollout=vllm", "rollout.cpu_cache_gib=2"), "rollout", cuda=False)
+    assert on_cpu.of("kv_cache") == 2 * 2**30
+    given = ("rollout=vllm", "rollout.gpu_memory=0.25", "cluster.gpu_memory_gib=80")
+    on_gpu = of_role(load(*given), "rollout", cuda=True)
+    assert on_gpu.of("parameters") + on_gpu.of("kv_cache") + on_gpu.of("workspace") == 20 * 2**30
+    halves = of_role(load(*given, "placement.rollout.tensor_parallel=2"), "rollout", cuda=True)
+    assert 2 * halves.of("parameters") == pytest.approx(on_gpu.of("parameters"), abs=2)
