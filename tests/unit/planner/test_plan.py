@@ -155,7 +155,7 @@ def test_sequences_may_be_bounded_below_the_context() -> None:
 def test_what_a_run_would_refuse_is_said_and_counted_apart_by_place(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["plan", "experiment=instructgpt_175b", "cluster=a100x64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert any("placement.rollout.tensor_parallel=8 is planned only" in note for note in found["notes"])
+    assert any("placement.rollout.tensor_parallel=8 needs rollout=vllm" in note for note in found["notes"])
     policy = found["roles"]["policy"]
     assert policy["by_place"]["optimizer"]["device"] == 0 < policy["by_place"]["optimizer"]["nvme"]
     for place in ("host", "nvme", "disk"):
