@@ -47,6 +47,7 @@ class WeightReceiver:
     def take_weights(self, weights: list[tuple[str, Tensor]], first: bool, last: bool) -> None:
         """Between `first` and `last` the model cannot be used: a layer's own tensors return once all of its weights have come."""
         from vllm.config import set_current_vllm_config
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         model = self.model_runner.get_model()
@@ -56,6 +57,9 @@ class WeightReceiver:
             model.load_weights(weights)
             if last:
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
+                for head in (layer for layer in model.modules() if isinstance(layer, ParallelLMHead)):
+                    # one that is tied to the embedding had no weights of its own come; on a CPU it computes with a packed copy of the old
+                    head.quant_method.process_weights_after_loading(head)
 
 
 class VLLMEngine:

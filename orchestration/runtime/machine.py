@@ -192,6 +192,8 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+BUILD_SECONDS = 1800
+"""No build of an extension takes so long."""
 INCLUDES = ("/usr/include", "/usr/local/include", f"{sys.prefix}/include")
 """Where a compiler looks for headers."""
 
@@ -205,7 +207,14 @@ def tools() -> dict[str, str]:
         found["ninja"] = str(beside) if beside.exists() else ""
     headers = (Path(folder) / "libaio.h" for folder in (*os.environ.get("CPATH", "").split(":"), *INCLUDES) if folder)
     header = next((str(file) for file in headers if file.exists()), "")
-    return found | {"libaio": ctypes.util.find_library("aio") or "", "libaio.h": header}
+    return found | {"libaio": ctypes.util.find_library("aio") or "", "libaio.h": header, "unfinished build": unfinished_build()}
+
+
+def unfinished_build() -> str:
+    """The lock of a torch extension whose build was ended half way, if there is one: whoever loads that extension waits for it for ever."""
+    home = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")
+    locks = [lock for lock in Path(home).expanduser().glob("**/lock") if time.time() - lock.stat().st_mtime > BUILD_SECONDS]
+    return str(locks[0]) if locks else ""
 
 
 def hugging_face_cache() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ def test_the_header_of_libaio_is_looked_for_where_a_compiler_looks(tmp_path: Pat
     assert machine.tools()["libaio.h"] == ""
     (tmp_path / "libaio.h").touch()
     assert machine.tools()["libaio.h"] == str(tmp_path / "libaio.h")
+
+
+def test_the_lock_of_a_build_that_was_ended_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu/async_io/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert machine.unfinished_build() == ""  # somebody may be at it
+    os.utime(lock, (0, 0))
+    assert machine.unfinished_build() == str(lock)
 
 
 @pytest.mark.parametrize(("placement", "advised"), [("split", True), ("colocated", False)])
