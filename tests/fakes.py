@@ -164,3 +164,8 @@ def comparisons(seed: int, sizes: tuple[int, ...] = (4, 2, 5, 3)) -> Comparisons
         rank[start], rank[start + 1] = 0.0, 1.0  # at least one pair of each group is untied
         start += size
     return Comparisons(tokens, lengths, mask, group, rank)
+
+
+def learned(figures: dict[str, Any]) -> dict[str, Any]:
+    """Without the shares of padding, which say how rows were put into passes and not what was learned from them."""
+    return {name: value for name, value in figures.items() if "padding" not in name}

@@ -113,8 +113,8 @@ def of_engine(policy: Policy, gap: float, version: int = 0, **ppo: Any) -> tuple
 
 
 def test_the_engines_log_probs_stand_in_when_they_are_fresh_and_near(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, rows_seen = policy._current, []
-    monkeypatch.setattr(policy, "_current", lambda rows: rows_seen.append(len(rows)) or forward(rows))
+    forward, rows_seen = policy._scored, []
+    monkeypatch.setattr(policy, "_scored", lambda pieces, at: rows_seen.append(sum(map(len, pieces))) or forward(pieces, at))
     found, rows = of_engine(policy, 0.005)
     assert torch.equal(found.old_logprobs, rows.behaviour)
     assert rows_seen == [ROWS, 4]  # all rows by this test, and one piece of two to measure the gap

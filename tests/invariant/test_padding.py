@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from actors.batch import Prompts, Rollouts
+from actors.decoding import left_padded
 from actors.models import LanguageModel
-from actors.rollout_transformers import TransformersEngine, left_padded
+from actors.rollout_transformers import TransformersEngine
 from actors.sampling import Sampling
 from tests.fakes import END, sequences, tiny_lm
 

@@ -94,6 +94,7 @@ def test_ppos_replies_reach_the_ranks_by_their_tokens_and_no_prompt_is_torn(samp
         runtime=SimpleNamespace(put=lambda items: Pieces(items, []), get=lambda pieces, what: pieces.items),
         roles=SimpleNamespace(rollout=SimpleNamespace(generate=generate, token_counts=counts)),
     )  # fmt: skip
+    loop.ahead = SimpleNamespace(take=lambda step: Loop.generate(loop, step))  # type: ignore[arg-type]
     found = Loop.sample(loop, 0)  # type: ignore[arg-type]
     assert sorted(map(id, found.items)) == sorted(map(id, given))
     by_rank = [{int(name) for piece in part for name in piece.keys[:, 0]} for part in shares(found.items, 2)]
