@@ -47,7 +47,6 @@ class WeightReceiver:
     def take_weights(self, weights: list[tuple[str, Tensor]], first: bool, last: bool) -> None:
         """Between `first` and `last` the model cannot be used: a layer's own tensors return once all of its weights have come."""
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         model = self.model_runner.get_model()
@@ -57,9 +56,16 @@ class WeightReceiver:
             model.load_weights(weights)
             if last:
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
-                for head in (layer for layer in model.modules() if isinstance(layer, ParallelLMHead)):
-                    # one that is tied to the embedding had no weights of its own come; on a CPU it computes with a packed copy of the old
-                    head.quant_method.process_weights_after_loading(head)
+                self.renew_heads()
+
+    def renew_heads(self) -> None:
+        """An output layer that is tied to the embedding had no weights of its own come; on a CPU it computes with a packed copy, still of
+        the old ones."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        for head in self.model_runner.get_model().modules():
+            if isinstance(head, ParallelLMHead):
+                head.quant_method.process_weights_after_loading(head)
 
 
 class VLLMEngine:
@@ -137,6 +143,7 @@ class VLLMEngine:
     def reload(self, path: str) -> None:
         """Sample from a checkpoint of the same shape from now on, as version 0."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        self.llm.collective_rpc("renew_heads")
         self.llm.reset_prefix_cache()
         self.due, self.version = dict(self.shapes), 0
 

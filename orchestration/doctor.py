@@ -114,9 +114,7 @@ def _tools(machine: Machine) -> Iterator[Line]:
             machine.node.name, tool, found or "not found", "ok" if found else "note", "" if found else f"install it; {reason} needs it"
         )
     if lock := machine.tools.get("unfinished build"):
-        yield Line(
-            machine.node.name, "unfinished build", lock, "note", "delete it: offload to nvme would wait for it for ever"
-        )
+        yield Line(machine.node.name, "unfinished build", lock, "note", "delete it: offload to nvme would wait for it for ever")
 
 
 def show(config: Config, as_json: bool) -> bool:
