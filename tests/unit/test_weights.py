@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from actors import checkpoint
 from actors.checkpoint import Stored, tensors_of, without_storage
 from actors.models import LanguageModel, load_causal_lm, load_scalar_model, save_model
 from actors.weight_sync import Arrivals, pack
 from actors.weights import Weight, gather_from, grouped, plain_weights, save_tensors
-from tests.fakes import floats, quickly, saved_lm, tiny_lm
+from tests.fakes import VOCABULARY, floats, quickly, saved_lm, tiny_lm
 
 
 @quickly
@@ -102,6 +102,26 @@ def test_shards_and_an_index_are_read_as_one_file_is(tmp_path: Path) -> None:
     (next(tmp_path.glob("model-*"))).unlink()
     with pytest.raises(OSError, match="its index names"):
         tensors_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig])
+def test_experts_that_a_checkpoint_keeps_one_by_one_are_read_as_the_model_stacks_them(kind: type, tmp_path: Path) -> None:
+    experts = {"num_local_experts": 3} if kind is MixtralConfig else {"num_experts": 3, "moe_intermediate_size": 24}
+    shape = kind(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_experts_per_tok=2, head_dim=8, **experts,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    model.save_pretrained(tmp_path)
+    assert not tensors_of(str(tmp_path)).keys() >= dict(model.named_parameters()).keys()  # they are stored under other names
+    there = dict(load_causal_lm(str(tmp_path)).named_parameters())
+    for name, parameter in load_causal_lm(str(tmp_path), unfilled=True).named_parameters():
+        assert parameter.is_meta and torch.equal(parameter.stored.whole(), there[name]), name
+        for start, stop in ((0, 1), (5, 9), (parameter.numel() // 2 - 3, parameter.numel())):
+            assert torch.equal(parameter.stored.flat(start, stop), there[name].reshape(-1)[start:stop]), name
+    for name, parameter in load_scalar_model(str(tmp_path), 3, unfilled=True).backbone.named_parameters():
+        assert torch.equal(parameter.stored.whole(), there[f"model.{name}"]), name
 
 
 def test_a_scalar_model_without_storage_has_a_real_head(tmp_path: Path) -> None:
