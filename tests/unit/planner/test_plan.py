@@ -153,7 +153,9 @@ def test_sequences_may_be_bounded_below_the_context() -> None:
 
 
 def test_what_a_run_would_refuse_is_said_and_counted_apart_by_place(capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["plan", "experiment=instructgpt_175b", "cluster=a100x64", "--json"]) == 0
+    split = ("placement=colocated", "placement.devices=8", "placement.rollout.ranks=1", "placement.rollout.tensor_parallel=8")
+    files = ("engine.offload_optimizer=nvme", "engine.nvme_path=/local/nvme", "placement.sleep=true")
+    assert cli.main(["plan", "scale=30b", *split, *files, "cluster=a100x8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert any("placement.rollout.tensor_parallel=8 needs rollout=vllm" in note for note in found["notes"])
     policy = found["roles"]["policy"]
