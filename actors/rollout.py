@@ -68,9 +68,9 @@ class Rollout(Worker):
         return found
 
     @off_device
-    def token_counts(self) -> list[int]:
+    def token_counts(self) -> tuple[int, ...]:
         """Tokens of each piece that `generate` gave back last, prompts and replies."""
-        return self.counted
+        return tuple(self.counted)  # a list would be one result for each piece
 
     def reload(self, checkpoint: str) -> None:
         """Sample from other weights of the same shape from now on."""

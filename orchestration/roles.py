@@ -146,7 +146,7 @@ class RolloutGroup:
     def receive_weights(self, version: int, route: Route, table: Pieces[dict[str, Weight]]) -> Pieces[int]:
         return self.group.each(Rollout.receive_weights, version=version, route=route, table=table)
 
-    def token_counts(self) -> Pieces[list[int]]:
+    def token_counts(self) -> Pieces[tuple[int, ...]]:
         """Tokens of each piece that each rank gave back last."""
         return self.group.each(Rollout.token_counts)
 
