@@ -181,7 +181,7 @@ def mistakes(*words: str) -> str:
         ("[{kind: http, url: 'ftp://host'}]", "ppo.rewards.0.url="),
         ("[{kind: http, url: 'http://me:secret@host'}]", "use token_env"),
         ("[{kind: http, url: 'http://host:port'}]", "not a URL"),
-        ("[{kind: http, url: 'http://host', tries: 100}]", "deadlines.step=120"),
+        ("[{kind: http, url: 'http://host', tries: 100}]", "deadlines.step=300, which would end the run first"),
         ("[{kind: http, url: 'http://host', timeout: 0}]", "ppo.rewards.0.timeout=0"),
     ],
 )
