@@ -14,7 +14,7 @@ numbers that are trained, low = 2 bytes for bf16 on CUDA and 4 otherwise (bf16 o
 
 ZeRO 1 adds up whole gradients over micro-batches, and shares them out when they are complete. An offloaded optimizer keeps gradients in
 fp32, twice: as they are added up (ZeRO 2 and 3), and as they are handed over. "Workspace" is what comes and goes within a step: layers
-gathered by ZeRO-3, logits of one chunk, what the optimizer's step computes with.
+gathered by ZeRO-3 and logits of one chunk in a pass, or, when passes are over, what the optimizer's step computes with.
 
 While it loads, a rank holds other things: below ZeRO-3, in a rollout engine of one device, and where adapters are put into a model, the
 whole model in fp32 in host memory. All roles of a node load at the same time, before any of them computes.
@@ -86,7 +86,7 @@ class RankMemory:
 
     def starting(self) -> int:
         """Bytes in host memory while it loads."""
-        return self.loading + sum(part.bytes for part in self.parts if part.kind in ("process", "shards"))
+        return self.loading + sum(p.bytes for p in self.parts if p.where == "host" and p.kind in ("process", "export"))
 
     def asleep(self) -> RankMemory:
         """The same rank while others work on its device: what it needs again lies in host memory, the rest is given back."""
@@ -134,15 +134,15 @@ def training(config: Config, shape: Shape, role: str, ranks: int, batch: MicroBa
     sizes = buckets(shape.tensors, tensors, ranks)
     bucket = sizes.reduce * low if stage else 0
     masters = 12 * share if stage else 8 * share
+    passes = _passes(config, shape, batch, cuda)
     parts = [
         *_parameters(config, shape, ranks, low),
         Held("optimizer", away, masters),
         *_gradients(tensors, ranks, stage, low, away if away != "nvme" else "host", rank),
         Held("communication", "device", bucket),
-        *_passes(config, shape, batch, cuda),
-        *_step(stage, share, offloaded, max(tensors, default=0), low, sizes.optimizer),
+        *_in_turn(passes, _step(stage, share, offloaded, max(tensors, default=0), low, sizes.optimizer)),
         *_process(config, shape, ranks, cuda),
-        *([Held("to go back to", "host", 2 * 4 * share)] if role == "policy" else []),
+        *([Held("to go back to", "host", min(config.ppo.steps, 2) * 4 * share)] if role == "policy" else []),
         Held("state", "disk", (config.commit.keep + 1) * (masters + _ceil(shape.parameters, ranks) * low)),
     ]
     return RankMemory(tuple(parts), _loading(config, shape))
@@ -183,6 +183,13 @@ def _step(stage: int, share: int, offloaded: str, largest: int, low: int, togeth
     return [*buffers, Held("workspace", "host", at_once * 4)]
 
 
+def _in_turn(passes: list[Held], step: list[Held]) -> list[Held]:
+    """What passes hold and what the step after them does: their workspaces are not there at the same time."""
+    first, then = (sum(p.bytes for p in parts if (p.kind, p.where) == ("workspace", "device")) for parts in (passes, step))
+    rest = [part for part in (*passes, *step) if (part.kind, part.where) != ("workspace", "device")]
+    return [*rest, Held("workspace", "device", max(first, then))]
+
+
 def frozen(config: Config, shape: Shape, ranks: int, rows: int, tokens: int, cuda: bool) -> RankMemory:
     """A rank that only gives log-probs or scores: nothing is kept for a backward pass."""
     low = 2 if config.dtype() == "bf16" and cuda else 4
@@ -213,7 +220,6 @@ def rollout(config: Config, shape: Shape, cuda: bool) -> RankMemory:
             Held("workspace", "device", max(sampling, _ceil(prefill, place.tensor_parallel)) + growing),
             Held("process", "host", PROCESS),
             *([Held("runtime", "device", CONTEXT)] if cuda else []),
-            Held("shards", "host", min(config.engine.shard_mb * 10**6, shape.parameters * 4)),
         ),
         shape.parameters * 4 if place.tensor_parallel == 1 else 0,  # an engine that splits its model reads each device's part
     )
@@ -313,10 +319,10 @@ def _gathered(config: Config, shape: Shape, low: int) -> int:
 
 
 def _process(config: Config, shape: Shape, ranks: int, cuda: bool) -> list[Held]:
-    shard = min(config.engine.shard_mb * 10**6, shape.parameters * 4)
     exported = Held("export", "disk", _ceil(shape.parameters, ranks) * 4)
+    tensor = Held("export", "host", max(shape.tensors, default=0) * 4)  # gathered and written one by one (`actors/weights.py`)
     on_device = [Held("runtime", "device", CONTEXT)] if cuda else []
-    return [Held("process", "host", PROCESS), Held("shards", "host", shard), exported, *on_device]
+    return [Held("process", "host", PROCESS), tensor, exported, *on_device]
 
 
 def _ceil(number: int, parts: int) -> int:
