@@ -151,8 +151,7 @@ class Engine:
             group["lr"] = lr
         plain = self.zero_stage == 0 and not self.deepspeed.bfloat16_enabled()  # DeepSpeed keeps no norm for this case
         if plain:
-            norm = self._replicated_norm()
-            self._check_finite(norm)
+            norm = self._clip_replicated()
             self.deepspeed.step()
             return norm
         self.deepspeed.step()  # skips the update by itself when a gradient is not finite
@@ -165,9 +164,13 @@ class Engine:
             self.deepspeed.optimizer.zero_grad()
             raise FloatingPointError(f"the gradients' norm is {norm}: lower the learning rate, or look for a reward that is not finite")
 
-    def _replicated_norm(self) -> float:
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+    def _clip_replicated(self) -> float:
+        """What DeepSpeed does in all other cases; returns the norm before the clip."""
+        held = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
+        self._check_finite(float(norm))
+        torch.nn.utils.clip_grads_with_norm_(held, self.max_grad_norm, norm)
+        return float(norm)
 
     def whole(self, name: str) -> Tensor | None:
         """One parameter or buffer, whole and on the CPU of rank 0, None elsewhere; under ZeRO-3 every rank must call. It may share memory

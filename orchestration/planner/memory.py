@@ -173,14 +173,15 @@ def _gradients(tensors: list[int], ranks: int, stage: int, low: int, away: Where
 
 
 def _step(stage: int, share: int, offloaded: str, largest: int, low: int, together: int) -> list[Held]:
-    """Gradients in fp32 and AdamW's temporaries, of what is updated at once; of an offloaded optimizer, buffers to hand it over."""
+    """Gradients in fp32 of what is updated at once (AdamW is fused and needs nothing besides); of an offloaded optimizer, buffers to hand
+    it over, and of one in files those that a part of it is read into and written from (four, by DeepSpeed's default)."""
     at_once = min(share, together) if stage == 3 else share
     if offloaded == "none":
-        return [Held("workspace", "device", at_once * (4 if stage == 0 else 8))]
+        return [Held("workspace", "device", 0 if stage == 0 else at_once * 4)]
     # ZeRO 1 and 2 pass gradients through two buffers of the largest tensor's size, and new weights back through one of the share's
     passing = [Held("communication", "host", (largest + share) * low), Held("communication", "device", largest * low)]
     buffers = passing if stage < 3 else []
-    return [*buffers, Held("workspace", "host", at_once * 4)]
+    return [*buffers, Held("workspace", "host", at_once * 4 * 4 if stage == 3 and offloaded == "nvme" else 0)]
 
 
 def _in_turn(passes: list[Held], step: list[Held]) -> list[Held]:
