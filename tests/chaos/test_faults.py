@@ -17,6 +17,8 @@ from conftest import COMMAND, Chatray, ray_processes, wait_until_gone
 
 from orchestration.run_directory import RunDirectory, read_records
 
+pytestmark = pytest.mark.ray
+
 POLL = 0.05
 GIVE_UP = 480.0
 

@@ -36,6 +36,8 @@ from orchestration.runtime.group import RoleRequest, Runtime
 from orchestration.stages.rewarding import moments_of_scores
 from orchestration.stages.syncing import WeightSync
 
+pytestmark = pytest.mark.ray
+
 ROWS = 8
 STEPS = 3
 

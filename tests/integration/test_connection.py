@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ray
+
 LATE = """
 import itertools, sys, time, types
 import psutil, ray

@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.ray
+
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "01_the_recipe.ipynb"
 PLOTS = 3
 """Cells that draw on any run: the loss of SFT, the reward model's bars, PPO's curves."""

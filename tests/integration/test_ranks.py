@@ -9,6 +9,8 @@ import pytest
 from conftest import Chatray
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ppo_runs_with_two_ranks_per_role_under_zero(stage: int, smoke_run: Path, chatray: Chatray, tmp_path: Path) -> None:

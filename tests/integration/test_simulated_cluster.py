@@ -25,6 +25,8 @@ from orchestration.runtime.cluster import RayRuntime
 from orchestration.runtime.group import RoleRequest
 from orchestration.runtime.reservation import reserve
 
+pytestmark = pytest.mark.ray
+
 NODES, GPUS, CPUS = 16, 8, 96
 NODES_SECONDS = 300.0
 """For all nodes to start; two busy cores need a while."""
