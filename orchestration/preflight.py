@@ -144,10 +144,36 @@ def machines(config: Config, seen: Survey) -> Iterator[Finding]:
     yield from _disks(config, seen)
     yield from _object_store(config, seen)
     yield from _devices(seen)
+    if "nvme" in (config.offload_optimizer(), config.offload_parameters()):
+        yield from _async_io(config, seen)
     if len(seen.machines) > 1:
         yield from _storage(config, seen)
         yield from _differences(seen)
         yield from _clocks(seen)
+
+
+BUILD = "python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'"
+
+
+def _async_io(config: Config, seen: Survey) -> Iterator[Finding]:
+    """DeepSpeed's extension for files, which it builds when it is first used."""
+    for machine in seen.machines:
+        name, tools = machine.node.name, machine.tools
+        missing = [tool for tool in ("c++", "libaio.h") if not tools.get(tool)]
+        if lock := tools.get("unfinished build"):
+            yield Finding(f"{name}: the build of {lock} was ended half way, ranks would wait for async_io for ever; delete it", grave=True)
+        elif not tools.get("async_io") and missing:
+            yield Finding(
+                f"{name}: engine.offload_optimizer or engine.offload_parameters is nvme, and {' and '.join(missing)} is not there to build "
+                "DeepSpeed's async_io with (Debian: apt-get install g++ libaio-dev); install it, or offload to cpu",
+                grave=True,
+            )
+        elif not tools.get("async_io"):
+            yield Finding(
+                f"{name}: DeepSpeed's async_io is not built yet, which takes minutes at the first start (deadlines.start="
+                f"{config.deadlines.start:g}); build it beforehand: {BUILD}",
+                grave=False,
+            )
 
 
 def _disks(config: Config, seen: Survey) -> Iterator[Finding]:

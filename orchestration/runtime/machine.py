@@ -207,14 +207,30 @@ def tools() -> dict[str, str]:
         found["ninja"] = str(beside) if beside.exists() else ""
     headers = (Path(folder) / "libaio.h" for folder in (*os.environ.get("CPATH", "").split(":"), *INCLUDES) if folder)
     header = next((str(file) for file in headers if file.exists()), "")
-    return found | {"libaio": ctypes.util.find_library("aio") or "", "libaio.h": header, "unfinished build": unfinished_build()}
+    return found | {
+        "libaio": ctypes.util.find_library("aio") or "",
+        "libaio.h": header,
+        "async_io": built("async_io"),
+        "unfinished build": unfinished_build(),
+    }
+
+
+def built(extension: str) -> str:
+    """Where an extension that DeepSpeed builds when it is first used lies, if it has been built here."""
+    found = next(_extensions().glob(f"*/{extension}/{extension}.so"), None)
+    return str(found) if found else ""
 
 
 def unfinished_build() -> str:
     """The lock of a torch extension whose build was ended half way, if there is one: whoever loads that extension waits for it for ever."""
-    home = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")
-    locks = [lock for lock in Path(home).expanduser().glob("**/lock") if time.time() - lock.stat().st_mtime > BUILD_SECONDS]
+    locks = [lock for lock in _extensions().glob("**/lock") if time.time() - lock.stat().st_mtime > BUILD_SECONDS]
     return str(locks[0]) if locks else ""
+
+
+def _extensions() -> Path:
+    """Torch's folder of them."""
+    home = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")
+    return Path(home).expanduser()
 
 
 def hugging_face_cache() -> str:

@@ -179,19 +179,19 @@ def _of_run(run: Path) -> Config:
 
 
 def this_cpu(config: Config, length: int) -> Speed:
-    """One core of this machine: a matrix product as large as the model's own, a copy, and a layer of one row of one token."""
+    """What a rank of the policy reaches on this machine while nothing else runs: arithmetic in a forward pass of one micro-batch, norms,
+    attention and the rest of a layer included, and bandwidth in a copy, each with the rank's threads; a layer of one row of one token."""
     from actors.models import new_causal_lm
 
-    torch.set_num_threads(1)
-    scale = config.scale
-    rows_of = torch.randn(config.engine.micro_batch * length, scale.width), torch.randn(scale.width, scale.feed_forward)
-    flops = 2 * rows_of[0].numel() * scale.feed_forward / fastest(lambda: rows_of[0] @ rows_of[1])
+    torch.set_num_threads(config.placement.policy.threads)
+    scale, rows = config.scale, config.engine.micro_batch
+    lm: Any = new_causal_lm(scale, scale.vocabulary, 0, 0.0, 0, 0).eval()
+    batch, token = torch.zeros(rows, length, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
     source, target = torch.randn(1 << 24), torch.empty(1 << 24)
     bandwidth = 2 * 4 * source.numel() / fastest(lambda: target.copy_(source))
-    lm: Any = new_causal_lm(scale, scale.vocabulary, 0, 0.0, 0, 0).eval()
-    token = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         layer = fastest(lambda: lm(token)) / scale.layers
+        flops = language_model(config).forward_flops(rows * length, length) / (fastest(lambda: lm(batch)) - scale.layers * layer)
     return Speed(flops, bandwidth, bandwidth, 1.0, 1.0, 1.0, layer)
 
 

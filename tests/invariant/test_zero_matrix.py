@@ -116,6 +116,7 @@ def test_three_ppo_steps_agree_with_stage_0_on_one_rank(
 def test_what_rests_in_files_learns_what_it_learns_in_memory(ranks, optimizer: str, tmp_path: Path) -> None:
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("DeepSpeed's async_io cannot be built here: no libaio with its headers, or no compiler")
+    AsyncIOBuilder().load(verbose=False)  # built here once, which takes longer than ranks are waited for
     models = saved_models(tmp_path, LARGE)
     more = ("engine.offload_parameters=nvme", f"engine.offload_optimizer={optimizer}", f"engine.nvme_path={tmp_path}/files")
     wanted = ranks(1).run(learn, 0, False, models, LARGE)[0]

@@ -28,6 +28,9 @@ def test_the_lock_of_a_build_that_was_ended_is_found(tmp_path: Path, monkeypatch
     assert machine.unfinished_build() == ""  # somebody may be at it
     os.utime(lock, (0, 0))
     assert machine.unfinished_build() == str(lock)
+    assert machine.built("async_io") == ""
+    (done := lock.with_name("async_io.so")).touch()
+    assert machine.built("async_io") == str(done)
 
 
 @pytest.mark.parametrize(("placement", "advised"), [("split", True), ("colocated", False)])

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from fakes import smoke
 
+from conf.schema import Config
 from orchestration import preflight
 from orchestration.bundles import Bundle, bundles, unplaced
 from orchestration.config import load
@@ -92,6 +93,24 @@ def test_a_full_disk_is_grave_and_a_small_dev_shm_is_not(here: Machine) -> None:
     small = dataclasses.replace(here, node=dataclasses.replace(here.node, shm=64 << 20))
     config = load(["experiment=smoke"])
     assert [f.grave for f in preflight.machines(config, several(small)) if "object_store_mb" in f.text] == [False]
+
+
+def test_files_for_states_need_an_extension_that_is_built_or_can_be(here: Machine) -> None:
+    config = load(["experiment=smoke", "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/fast"])
+
+    def found(config: Config, **tools: str) -> list[tuple[bool, str]]:
+        machine = dataclasses.replace(here, tools=tools)
+        return [(f.grave, f.text) for f in preflight.machines(config, several(machine)) if "async_io" in f.text]
+
+    able = {"c++": "/usr/bin/c++", "libaio.h": "/usr/include/libaio.h"}
+    assert found(config, **able, async_io="/cache/async_io.so") == []
+    ((grave, text),) = found(config, **able)
+    assert not grave and "deadlines.start=300" in text and "AsyncIOBuilder().load()" in text
+    ((grave, text),) = found(config, **{"c++": "/usr/bin/c++"})
+    assert grave and "libaio.h is not there" in text
+    ((grave, text),) = found(config, **able, **{"unfinished build": "/cache/async_io/lock"})
+    assert grave and "delete it" in text
+    assert found(load(["experiment=smoke"])) == []
 
 
 @pytest.mark.parametrize("mode", ["strict", "warn", "off"])
