@@ -190,12 +190,34 @@ class Engine:
             found = tensors.get(name)
             if found is None:
                 raise KeyError(f"{name}: the model has no weight of this name")
+            if self.world_size > 1 and _rests_in_parts(found):
+                return self._collected(found, on_device)
             with GatheredParameters([found]) if hasattr(found, "ds_id") else contextlib.nullcontext():
                 if self.rank > 0:
                     return None
                 return found.detach() if on_device else found.detach().cpu()
 
         return whole
+
+    def _collected(self, parameter: Any, on_device: bool) -> Tensor | None:
+        """Rank 0 gets the parts of a partitioned parameter; the others hold no more than their own. (DeepSpeed's gathering gives the
+        whole to every rank, and with gloo twice.)"""
+        own, ranks = parameter.ds_tensor.detach(), self.world_size
+        nccl = dist.get_backend() == "nccl"
+        own = own.to(self.device if nccl else "cpu").contiguous()
+        if self.rank > 0:
+            dist.gather(own, dst=0) if nccl else dist.send(own, dst=0)
+            return None
+        whole = torch.empty(ranks * own.numel(), dtype=own.dtype, device=own.device)
+        parts = list(whole.chunk(ranks))
+        if nccl:
+            dist.gather(own, parts, dst=0)
+        else:
+            parts[0].copy_(own)
+            for rank in range(1, ranks):
+                dist.recv(parts[rank], src=rank)
+        found = whole[: parameter.ds_numel].view(parameter.ds_shape)
+        return found.to(self.device) if on_device else found.cpu()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
@@ -340,7 +362,7 @@ def _move_optimizer(optimizer: Any, device: str) -> None:
     """Moments of a torch optimizer to `device`; the parameters they belong to are moved by others."""
     for state in optimizer.state.values():
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0:  # torch keeps the count of steps on the CPU
+            if isinstance(value, Tensor) and value.dim() > 0:  # the count of steps lies where AdamW wants it
                 state[name] = value.to(device)
 
 
@@ -351,6 +373,13 @@ def sum_over_ranks(x: Tensor, device: torch.device) -> Tensor:
     moved = x.detach().to(device, copy=True)
     dist.all_reduce(moved)
     return moved.to(x.device)
+
+
+def _rests_in_parts(parameter: Any) -> bool:
+    """Whether each rank has its part of it in memory, and no pass or file has anything to do with it at the moment."""
+    if not hasattr(parameter, "ds_id") or parameter.ds_status.name != "NOT_AVAILABLE":
+        return False
+    return parameter.ds_tensor.status.name == "AVAILABLE"
 
 
 def check_async_io() -> None:

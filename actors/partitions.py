@@ -116,7 +116,9 @@ class Partitions:
         if not state and steps == 0:
             return
         if not state:
-            state = {"step": torch.tensor(0.0)} | {kind: torch.zeros_like(part.tensor, requires_grad=False) for kind in MOMENTS}
+            state = {"step": torch.zeros((), device=part.tensor.device)} | {
+                kind: torch.zeros_like(part.tensor, requires_grad=False) for kind in MOMENTS
+            }
             self.adam.state[part.tensor] = state
         state["step"] = torch.full_like(state["step"], steps) if isinstance(state["step"], Tensor) else steps
 

@@ -99,8 +99,8 @@ def settings(sharding: Sharding, optimizer: Optimizer | None, sizes: Buckets, bf
     if optimizer:
         params = {"lr": optimizer.lr, "betas": list(BETAS), "eps": optimizer.epsilon, "weight_decay": optimizer.weight_decay}
         found["optimizer"] = {"type": "AdamW", "params": params | {"torch_adam": True, "fused": True}}
-        if sharding.stage > 0 or bf16:  # else the engine clips, since DeepSpeed would keep no norm, and computing it twice takes time
-            found["gradient_clipping"] = optimizer.max_grad_norm
+        # without ZeRO, in fp32, the engine clips: DeepSpeed would keep no norm, and computing it twice takes time. (Its default is 1.0.)
+        found["gradient_clipping"] = optimizer.max_grad_norm if sharding.stage > 0 or bf16 else 0.0
         found["zero_force_ds_cpu_optimizer"] = False
     return found
 

@@ -32,7 +32,7 @@ from orchestration import config as configuration
 
 MB = 10**6
 INTERVAL = 0.005
-ALLOWANCE_MB = 60
+ALLOWANCE_MB = 40
 """What a rank may hold besides its share and one shard: torch's threads, gloo's buffers, the library's own objects."""
 
 

@@ -9,14 +9,15 @@ import pytest
 from tests.benchmarks.loading import ALLOWANCE_MB, MB, measure, write
 from tests.fakes import smoke
 
-SHARD_MB = 20
+SHARD_MB = 75
+"""As large as the embedding: an export that held it twice would be noticed."""
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, int]]]:
     """(bytes of the whole model, what each of two ranks held)."""
     folder = tmp_path_factory.mktemp("loading")
-    shape = {"architecture": "opt", "layers": 8, "width": 768, "heads": 12, "feed_forward": 3072, "vocabulary": 4000}
+    shape = {"architecture": "opt", "layers": 8, "width": 768, "heads": 12, "feed_forward": 3072, "vocabulary": 24000}
     scale = dataclasses.replace(smoke().scale, **shape)
     return write(scale, folder / "model", SHARD_MB), measure(folder, 2, SHARD_MB)
 
