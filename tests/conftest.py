@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from tests.ranks import Ranks
@@ -89,14 +90,23 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
         group.stop()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray's processes first."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Where tests run two at a time, those that start Ray's processes are with one worker, one after the other, from the beginning; files
     of all others are shared out. Side by side, ranks of two clusters on two cores take six times as long as one after the other."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    return ByFileAndRay(config, log)
+
+
+class ByFileAndRay(LoadScopeScheduling):
+    """What one worker takes on as a whole: a file, or all files that are marked with `ray`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if "\npytestmark = pytest.mark.ray\n" in (ROOT / file).read_text(encoding="utf-8") else file
 
 
 def ray_processes() -> list[psutil.Process]:
