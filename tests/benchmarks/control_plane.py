@@ -12,6 +12,7 @@ after the other; the table holds medians over rounds, with the 95% interval of t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import resource
 import sys
@@ -78,7 +79,7 @@ def on_ray(ranks: int, rounds: int) -> tuple[np.ndarray, np.ndarray, int]:
     import ray
 
     ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not have the tests on their path
-    with tempfile.TemporaryDirectory(prefix="chatray-bench-") as folder:
+    with contextlib.chdir("."), tempfile.TemporaryDirectory(prefix="chatray-bench-") as folder:  # the runtime moves into the folder
         config = settings(ranks, Path(folder))
         runtime = RayRuntime(config)
         try:
