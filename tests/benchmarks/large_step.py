@@ -1,7 +1,8 @@
 """One whole PPO step with four large models on CPU ranks: does it fit the memory, and the time?
 
     python -m tests.benchmarks.large_step 125m --ranks 2
-    python -m tests.benchmarks.large_step 350m --ranks 2 engine.offload_optimizer=nvme engine.nvme_path=/fast/disk
+    python -m tests.benchmarks.large_step 350m --ranks 2 engine.micro_batch=1 engine.offload_optimizer=nvme \\
+        engine.offload_parameters=nvme engine.nvme_path=/fast/disk
 
 Policy, critic, reference and reward are of the named scale, with random weights and its whole vocabulary, under ZeRO-3 over as many ranks;
 16 prompts of 64 tokens are answered by 64 tokens each (random weights hardly ever end a reply). It is the real command line on real Ray.

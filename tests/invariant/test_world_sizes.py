@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from conf.schema import Config
 from orchestration.run_directory import StageDirectory, read_records
 from orchestration.runtime.train import DirectorySession
 from tests.fakes import END, PAD, VOCABULARY, dialogues, floats, learned, smoke, with_section
-from tests.ranks import Ranks
 
 ROWS, SAVED_AFTER, STEPS = 8, 2, 4
 OFFLOADED = ("engine.offload_optimizer=cpu", "engine.offload_parameters=cpu")
@@ -92,14 +90,6 @@ def of_all(subject: Engine) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in subject.weights().items()}
 
 
-def check(ranks: Callable[[int], Ranks], folder: Path, writers: tuple[int, Cell], readers: tuple[int, Cell]) -> None:
-    wanted = ranks(writers[0]).run(saved, writers[1], folder)[0]
-    for found in ranks(readers[0]).run(resumed, readers[1], folder):
-        assert [pytest.approx(figure, rel=1e-4) for figure in wanted[:-1]] == found[:-1]
-        for name, tensor in wanted[-1].items():
-            torch.testing.assert_close(found[-1][name], tensor, atol=1e-5, rtol=1e-4)
-
-
 CELLS = ((0, False), (1, False), (2, False), (2, True), (3, False), (3, True))
 IN_BRIEF = [
     ((2, (0, False)), (1, (0, False))), ((1, (2, False)), (2, (2, False))), ((2, (3, False)), (1, (3, False))),
@@ -115,7 +105,11 @@ ALL = [
 
 @pytest.mark.parametrize(("writers", "readers"), [*IN_BRIEF, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL)])
 def test_a_state_goes_on_with_other_ranks_at_another_stage(ranks, tmp_path: Path, writers, readers) -> None:
-    check(ranks, tmp_path, writers, readers)
+    wanted = ranks(writers[0]).run(saved, writers[1], tmp_path)[0]
+    for found in ranks(readers[0]).run(resumed, readers[1], tmp_path):
+        assert [pytest.approx(figure, rel=1e-4) for figure in wanted[:-1]] == found[:-1]
+        for name, tensor in wanted[-1].items():
+            torch.testing.assert_close(found[-1][name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def in_bf16(stage: int, seed: int) -> Any:
