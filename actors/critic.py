@@ -31,10 +31,10 @@ class Critic(Worker):
     @torch.no_grad()
     def values(self, pieces: list[Rollouts]) -> list[Tensor]:
         """[B, T] for each piece: the value of the state in which each reply token was chosen."""
-        return in_passes(self.engine, pieces, self._values, limit(self.config.engine))
+        return in_passes(self.engine, pieces, self._values, limit(self.config.engine, self.engine))
 
     def _values(self, rows: Dialogues | Experience) -> Tensor:
-        return before_each(self.engine(rows.tokens.to(self.engine.device)), rows.mask.to(self.engine.device))
+        return before_each(self.engine(rows.tokens.to(self.engine.device), rows.lengths.to(self.engine.device)), rows.mask.to(self.engine.device))
 
     def update(self, experience: list[Experience], step: int) -> dict[str, float]:
         """The clipped value loss over this rank's share, in as many epochs and minibatches as the policy."""
@@ -55,7 +55,7 @@ class Critic(Worker):
             rows = rows.to(self.engine.device)
             return value_loss(self._values(rows), rows.old_values, rows.returns, rows.mask, self.config.ppo.value_clip, tokens)
 
-        norm = optimizer_step(self.engine, [(loss, minibatch)], limit(self.config.engine), lr, total)
+        norm = optimizer_step(self.engine, [(loss, minibatch)], limit(self.config.engine, self.engine), lr, total)
         return {"value_loss": float(self.engine.sum_over_ranks(total)), "critic_grad_norm": norm, "critic_lr": lr}
 
     def _explained(self, share: Experience) -> dict[str, float]:

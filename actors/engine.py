@@ -19,12 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 if not torch.cuda.is_available():  # must stand before the import: DeepSpeed picks its accelerator while loading
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 
+from actors.attention import removes_padding
 from actors.precision import computes_in_bf16
 from actors.recomputing import recompute_blocks
 from actors.sharded_state import Snapshot, load_snapshot, load_state, restore_snapshot, save_state, take_snapshot
@@ -124,6 +126,11 @@ class Engine:
         if start < stop:
             whole[start:stop].copy_(parameter.stored.flat(start, stop))  # type: ignore[attr-defined]
         return nn.Parameter(whole.view(parameter.shape), parameter.requires_grad)
+
+    @property
+    def padded(self) -> bool:
+        """Whether passes compute the padding of their rows too."""
+        return not any(isinstance(part, PreTrainedModel) and removes_padding(part) for part in self.module.modules())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward; without gradients when the module is frozen or the caller says `torch.no_grad`."""

@@ -61,7 +61,7 @@ class LanguageTask:
         def loss(piece: Dialogues | Packed) -> Tensor:
             piece = piece.to(engine.device)
             places = piece.positions if isinstance(piece, Packed) else None
-            return language_loss(engine(piece.tokens, piece.mask, position_ids=places)[0], piece.mask, tokens)
+            return language_loss(engine(piece.tokens, piece.mask, lengths=piece.lengths, position_ids=places)[0], piece.mask, tokens)
 
         return [(loss, pack(rows, self.pack_length) if self.pack_length else rows)]
 
@@ -80,9 +80,9 @@ class LanguageTask:
     @torch.no_grad()
     def _total_loss(self, engine: Engine, rows: Dialogues) -> float:
         total = 0.0
-        for piece in micro_batches(rows, limit(self.config.engine).times(4)):
+        for piece in micro_batches(rows, limit(self.config.engine, engine).times(4)):
             piece = piece.to(engine.device)
-            total += float(language_loss(engine(piece.tokens, piece.mask)[0], piece.mask, 1.0))
+            total += float(language_loss(engine(piece.tokens, piece.mask, lengths=piece.lengths)[0], piece.mask, 1.0))
         return total
 
 

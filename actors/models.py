@@ -1,7 +1,8 @@
 """The two kinds of networks: a causal language model that gives token log-probs, and one with a scalar head.
 
-Both take [B, T] tokens padded on the right. Padding stands after every token that counts, so causal attention never sees it and no
-attention mask is needed; positions count from each row's first token, or from each dialogue's where rows are packed (packing.py).
+Both take [B, T] tokens padded on the right; positions count from each row's first token, or from each dialogue's where rows are packed
+(packing.py). Padding is not computed at all where the model allows it (attention.py); elsewhere it stands after every token that counts,
+so causal attention never sees it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
 from actors import checkpoint, lora
 from actors.algorithms.logprobs import token_logprobs
+from actors.attention import read
 from actors.weights import Gather, gather_from, plain_weights, save_tensors, save_transformer, under
 from conf.sizes import Scale
 
@@ -147,22 +148,27 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, lengths: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs of `tokens` and entropies of their distributions, nats.
 
         Args:
             tokens: [B, T] long, right-padded.
             mask: [B, T] bool, the tokens wanted; logits are made for these positions only.
             temperature: divides the logits, as when sampling.
+            lengths: [B] long; what lies behind is not computed. None: every row is full.
             position_ids: [B, T] long of packed rows: 0 where a dialogue begins. None: each row is one dialogue.
 
         Returns:
             Two [B, T] float32 tensors, 0 outside the mask and at each dialogue's first token.
+
+        Raises:
+            ValueError: packed rows for a model that cannot keep their dialogues apart.
         """
         places = positions(tokens) if position_ids is None else position_ids
         mask = mask & (places > 0)  # nothing stands before a first token to predict it from
-        apart = None if position_ids is None else mask_between_dialogues(self.lm, position_ids)
-        hidden = self.lm.base_model(input_ids=tokens, position_ids=places, attention_mask=apart, use_cache=False).last_hidden_state
+        hidden = read(self.lm.base_model, tokens, lengths, position_ids)
         picked, targets = hidden[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]]
         head = self.lm.get_output_embeddings()
         # read here, in this module's forward: so ZeRO-3 gathers the weight for the whole of it, once, and knows to do so in the backward
@@ -174,28 +180,6 @@ class LanguageModel(nn.Module):
 def positions(tokens: Tensor) -> Tensor:
     """[B, T] position of each token in its row."""
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-
-
-def mask_between_dialogues(lm: PreTrainedModel, position_ids: Tensor) -> Any:
-    """The attention mask to pass for packed rows: none where transformers makes it from positions that start again (eager, sdpa, and
-    flash attention for batches of one row); OPT does not hand its positions to its mask, so it is given the same mask from outside."""
-    if lm.config.model_type != "opt":
-        return None
-    shape = torch.empty(*position_ids.shape, 0, device=position_ids.device, dtype=lm.dtype)
-    return create_causal_mask(
-        config=lm.config, inputs_embeds=shape, attention_mask=None, past_key_values=None, position_ids=position_ids
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def keeps_packed_apart(lm: PreTrainedModel) -> bool:
-    """Whether this model gives the second of two packed dialogues the hidden states that it has alone."""
-    model = LanguageModel(lm)
-    tokens, alone = torch.tensor([[2, 3, 4, 1, 2, 3]]), torch.tensor([[1, 2, 3]])
-    places = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    together, _ = model(tokens, torch.ones_like(tokens, dtype=torch.bool), position_ids=places)
-    wanted, _ = model(alone, torch.ones_like(alone, dtype=torch.bool))
-    return bool(torch.allclose(together[:, 3:], wanted, atol=1e-3))
 
 
 class ScalarModel(nn.Module):
@@ -213,14 +197,17 @@ class ScalarModel(nn.Module):
         with torch.no_grad():  # Stiennon et al. (2009.01325): N(0, 1 / sqrt(d + 1)) keeps first scores near 0
             self.head.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T] long -> [B, T] float32: the head's output after reading each token."""
-        hidden = self.backbone(input_ids=tokens, position_ids=positions(tokens), use_cache=False).last_hidden_state
-        return self.head(hidden)[..., 0].float()
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """[B, T] long -> [B, T] float32: the head's output after reading each token.
+
+        Args:
+            lengths: [B] long; what lies behind is not computed, and gives the head's bias. None: every row is full.
+        """
+        return self.head(read(self.backbone, tokens, lengths))[..., 0].float()
 
     def scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """[B]: the output after the last token of each row."""
-        return at_last(self(tokens), lengths)
+        return at_last(self(tokens, lengths), lengths)
 
 
 def at_last(outputs: Tensor, lengths: Tensor) -> Tensor:

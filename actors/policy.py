@@ -58,7 +58,7 @@ class Policy(Worker):
         self.engine = make_engine(self.config, model, optimizer)
         self.engine.train(False)  # no dropout in PPO: it would make the first ratio differ from 1
         self.described: dict[str, float] = {}
-        self.most = limit(self.config.engine)
+        self.most = limit(self.config.engine, self.engine)
         self._describe_weights()
 
     def _describe_weights(self) -> None:
@@ -86,13 +86,14 @@ class Policy(Worker):
         device = self.engine.device
 
         def run(rows: Dialogues) -> Tensor:
-            return self.engine(rows.tokens.to(device), rows.mask.to(device), temperature)[0]
+            return self.engine(rows.tokens.to(device), rows.mask.to(device), temperature, rows.lengths.to(device))[0]
 
         return in_passes(self.engine, pieces, run, self.most)
 
     def _current(self, rows: Rollouts | Experience | Dialogues) -> tuple[Tensor, Tensor]:
         temperature = 1.0 if isinstance(rows, Dialogues) else self.config.ppo.temperature
-        return self.engine(rows.tokens.to(self.engine.device), rows.mask.to(self.engine.device), temperature)
+        device = self.engine.device
+        return self.engine(rows.tokens.to(device), rows.mask.to(device), temperature, rows.lengths.to(device))
 
     def experience(
         self, rollouts: list[Rollouts], scores: list[Tensor], reference: list[Tensor], values: list[Tensor], beta: float,

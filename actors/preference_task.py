@@ -112,7 +112,7 @@ class PreferenceTask:
         alone = Dialogues(rows.tokens, rows.lengths, rows.mask)  # scored one by one, so no answer need be beside those it is compared with
         found: Tensor | None = None
         with torch.no_grad():
-            for index in planned(alone, limit(self.config.engine).times(4)):
+            for index in planned(alone, limit(self.config.engine, engine).times(4)):
                 got = read(rows.select(index).trimmed().to(engine.device)).float().cpu()
                 found = torch.zeros(len(rows), *got.shape[1:]) if found is None else found
                 found[index] = got

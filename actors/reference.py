@@ -25,6 +25,6 @@ class Reference(Worker):
         device = self.engine.device
 
         def run(rows: Dialogues) -> Tensor:
-            return self.engine(rows.tokens.to(device), rows.mask.to(device), temperature)[0]
+            return self.engine(rows.tokens.to(device), rows.mask.to(device), temperature, rows.lengths.to(device))[0]
 
-        return in_passes(self.engine, pieces, run, limit(self.config.engine))
+        return in_passes(self.engine, pieces, run, limit(self.config.engine, self.engine))

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.attention import read_all
 from actors.models import ScalarModel, at_last, load_causal_lm, load_scalar_model, positions, write_model
 from actors.weights import Gather, gather_from, plain_weights, save_tensors, save_transformer, under
 
@@ -76,19 +77,15 @@ class FeatureModel(nn.Module):
         return scaled(features, self.mean, self.spread, widths(self.lm.config, self.features))
 
     def _read(self, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
-        if self.features == ("tokens",):  # nothing of the network is asked for
-            output: Any = None
-        else:
-            output = self.lm.base_model(
-                input_ids=tokens, position_ids=positions(tokens), use_cache=False, output_hidden_states=True
-            )  # fmt: skip
+        # with tokens alone, nothing of the network is asked for
+        layers = [] if self.features == ("tokens",) else read_all(self.lm.base_model, tokens, lengths)
         context = (positions(tokens) < lengths[:, None]) & ~mask
         every = torch.arange(len(lengths), device=lengths.device)
         read: dict[str, Callable[[], Tensor]] = {
-            "last": lambda: torch.cat([states[every, lengths - 1] for states in output.hidden_states], dim=-1),
-            "reply": lambda: torch.cat([mean_over(states, mask) for states in output.hidden_states], dim=-1),
-            "context": lambda: torch.cat([mean_over(states, context) for states in output.hidden_states], dim=-1),
-            "likelihood": lambda: self._likelihood(output.last_hidden_state, tokens, mask),
+            "last": lambda: torch.cat([states[every, lengths - 1] for states in layers], dim=-1),
+            "reply": lambda: torch.cat([mean_over(states, mask) for states in layers], dim=-1),
+            "context": lambda: torch.cat([mean_over(states, context) for states in layers], dim=-1),
+            "likelihood": lambda: self._likelihood(layers[-1], tokens, mask),
             "tokens": lambda: said(tokens, mask, context),
         }
         return torch.cat([read[name]().float() for name in self.features], dim=-1)
@@ -206,7 +203,7 @@ def score(run: Any, tokens: Tensor, lengths: Tensor, mask: Tensor, module: nn.Mo
     """[B]: scores by either kind of reward model, with `run` (the module, or the engine around it) called."""
     if isinstance(module, FeatureModel):
         return run(tokens, lengths, mask)
-    return at_last(run(tokens), lengths)
+    return at_last(run(tokens, lengths), lengths)
 
 
 def load_reward_model(path: str, seed: int, unfilled: bool = False) -> ScalarModel | FeatureModel:

@@ -126,7 +126,7 @@ def _step(config: Config, task: Task, engine: Engine, session: Session, step: in
     total = torch.zeros(())
 
     lr = cosine(s.lr, step, s.warmup, s.steps)
-    most, losses = limit(config.engine), task.loss(engine, rows)
+    most, losses = limit(config.engine, engine), task.loss(engine, rows)
     norm = optimizer_step(engine, losses, most, lr, total)
     tokens = engine.sum_over_ranks(sum(spent(part, most) for _, part in losses))  # type: ignore[arg-type]
     figures = {"loss": float(engine.sum_over_ranks(total)), "grad_norm": norm, "lr": lr}

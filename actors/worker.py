@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from actors.attention import remove_padding
 from actors.engine import Engine
 from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, write_model
 from actors.rank import RankSpec as RankSpec
@@ -110,6 +111,8 @@ def process_group_of_one() -> None:
 
 def make_engine(config: Config, module: nn.Module, optimizer: Optimizer | None) -> Engine:
     """The module in an engine as the configuration wants it."""
+    if config.engine.remove_padding:
+        remove_padding(module)
     return Engine(module, optimizer, sharding(config))
 
 

@@ -87,8 +87,11 @@ class Engine(Settings):
     """Sequences per forward and backward pass on one rank at most, and in each piece that batches travel in between roles; less uses less
     memory and changes no result. The scale's by default."""
     micro_tokens: Count | None
-    """Tokens per forward and backward pass on one rank at most, padding included, in place of `micro_batch` sequences; null: those. It
-    bounds memory as well, and lets short sequences share a pass that long ones fill by themselves."""
+    """Tokens per forward and backward pass on one rank at most, in place of `micro_batch` sequences; null: those. It bounds memory as
+    well, and lets short sequences share a pass that long ones fill by themselves."""
+    remove_padding: bool
+    """Lay the sequences of a pass end to end and compute no padding, in every model that attends to all tokens before and hands on to its
+    attention where each sequence ends (`actors/attention.py`); other models compute the padding, as all do with false."""
     shard_mb: Count
     """Size at which an exported checkpoint goes on in another file, MB; also what loading and exporting hold at once, at most."""
     rollout_batch: Count

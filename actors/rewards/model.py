@@ -76,8 +76,9 @@ class ModelSource:
     """One frozen reward model on this rank."""
 
     def __init__(self, config: Config, name: str, path: str) -> None:
-        self.name, self.most = name, limit(config.engine)
+        self.name = name
         self.engine = make_engine(config, load_scorer(path, f"ppo.rewards: {name}", config.seed, config.zero_stage() == 3), None)
+        self.most = limit(config.engine, self.engine)
 
     @torch.no_grad()
     def score(self, rows: Rows) -> Tensor:

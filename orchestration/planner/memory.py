@@ -287,7 +287,7 @@ def _touched(tensors: list[int], ranks: int, rank: int | None) -> int:
 
 def _kept(config: Config, shape: Shape, rows: int, tokens: int, cuda: bool):
     bf16 = config.dtype() == "bf16"
-    return activations(shape, rows, tokens, bf16 and cuda, bf16 and not cuda)
+    return activations(shape, rows, tokens, bf16 and cuda, bf16 and not cuda, config.engine.remove_padding)
 
 
 def _passes(config: Config, shape: Shape, batch: MicroBatch, cuda: bool) -> list[Held]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from actors.attention import Segments, end_to_end, remove_padding
 from actors.models import LanguageModel, ScalarModel, attention, shape_config
 from conf.schema import Config
 from conf.sizes import Scale
@@ -251,29 +252,30 @@ TRACED_ROWS = 2
 """All that is saved is in proportion to the rows; with a single one, tensors would be views that are copies otherwise."""
 
 
-def activations(shape: Shape, rows: int, tokens: int, bf16: bool, autocast: bool) -> Activations:
+def activations(shape: Shape, rows: int, tokens: int, bf16: bool, autocast: bool, unpadded: bool = True) -> Activations:
     """What the real forward pass of one and of two blocks saves, traced on tensors without memory.
 
     Routing of a mixture of experts depends on numbers and cannot be traced: there, what a dense block of the routed experts' size saves.
     """
-    two = _activations(shape, TRACED_ROWS, tokens, bf16, autocast)
+    two = _activations(shape, TRACED_ROWS, tokens, bf16, autocast, unpadded)
     return Activations(two.block * rows // TRACED_ROWS, two.ends * rows // TRACED_ROWS)
 
 
 @lru_cache(maxsize=64)
-def _activations(shape: Shape, rows: int, tokens: int, bf16: bool, autocast: bool) -> Activations:
+def _activations(shape: Shape, rows: int, tokens: int, bf16: bool, autocast: bool, unpadded: bool) -> Activations:
     if experts_of(shape.hf)[0]:
         return _of_experts(shape, rows, tokens, 2 if bf16 or autocast else 4)
-    one, two = (_saved(with_layers(shape.hf, n), rows, tokens, bf16, autocast) for n in (1, 2))
+    one, two = (_saved(with_layers(shape.hf, n), rows, tokens, bf16, autocast, unpadded) for n in (1, 2))
     return Activations(two - one, 2 * one - two)
 
 
-def _saved(hf: PretrainedConfig, rows: int, tokens: int, bf16: bool, autocast: bool) -> int:
+def _saved(hf: PretrainedConfig, rows: int, tokens: int, bf16: bool, autocast: bool, unpadded: bool) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode  # as `torch.compile` traces; slow to import
 
     saved: dict[int, tuple[int, Tensor]] = defaultdict()
     with FakeTensorMode(allow_non_fake_inputs=True):
         lm: Any = _module(hf, False, torch.bfloat16 if bf16 else torch.float32)
+        unpadded = unpadded and remove_padding(lm)
         own = {p.untyped_storage()._cdata for p in lm.parameters()}
 
         def noted(x: Tensor | None) -> Tensor | None:
@@ -281,9 +283,12 @@ def _saved(hf: PretrainedConfig, rows: int, tokens: int, bf16: bool, autocast: b
                 saved[x.untyped_storage()._cdata] = (x.untyped_storage().nbytes(), x)  # held, so that no other takes its place
             return x
 
-        places = torch.arange(tokens).expand(rows, tokens)
+        ids, places = torch.zeros(rows, tokens, dtype=torch.long), torch.arange(tokens).expand(rows, tokens)
+        given = {"input_ids": ids, "position_ids": places}
+        if unpadded:
+            given = end_to_end(ids.view(-1), places.reshape(-1), Segments((tokens,) * rows, ids.device))
         with torch.autograd.graph.saved_tensors_hooks(noted, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            lm.lm.base_model(input_ids=torch.zeros(rows, tokens, dtype=torch.long), position_ids=places, use_cache=False)
+            lm.lm.base_model(**given, use_cache=False)
     return sum(size for size, _ in saved.values())
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.language_task import LanguageTask
-from actors.models import keeps_packed_apart, load_causal_lm
+from actors.attention import can_remove_padding
+from actors.models import load_causal_lm
 from conf.schema import Config
 from orchestration.data.chat import Chat, load_tokenizer
 from orchestration.data.dialogues import Dialogue
@@ -69,8 +70,10 @@ def pack_length(config: Config, start: Path) -> int | None:
     """
     if not config.sft.packing:
         return None
-    lm = load_causal_lm(str(start)).eval()
-    if not keeps_packed_apart(lm):
+    if not config.engine.remove_padding:
+        raise RequestError("sft.packing=true: dialogues of a row are kept apart where no padding is computed; set engine.remove_padding=true")
+    lm = load_causal_lm(str(start), unfilled=True)
+    if not can_remove_padding(lm):
         raise RequestError(
             f"sft.packing=true: in this model ({lm.config.model_type}) the dialogues of a packed row see each other; set sft.packing=false"
         )

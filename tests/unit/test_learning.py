@@ -29,6 +29,7 @@ class CountingEngine:
     """Adds up what is asked of it."""
 
     device = torch.device("cpu")
+    padded = True
 
     def __init__(self) -> None:
         self.values: list[float] = []

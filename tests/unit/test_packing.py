@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from actors.attention import KERNEL, remove_padding
 from actors.batch import Dialogues
 from actors.language_task import LanguageTask
 from actors.learning import optimizer_step
 from actors.micro_batches import Limit, micro_batches
-from actors.models import LanguageModel, keeps_packed_apart, mask_between_dialogues, new_causal_lm, save_model
+from actors.models import LanguageModel, new_causal_lm, save_model
 from actors.packing import first_fit, pack
 from actors.sharding import Optimizer
 from actors.worker import make_engine, process_group_of_one
@@ -24,36 +25,36 @@ SHAPES = {
     "opt": ("scale.architecture=opt",),
     "opt like 350m": ("scale.architecture=opt", "scale.embedding=8", "scale.post_layer_norm=true"),
 }
-KERNELS = ("eager", "sdpa")
 
 
-def model(shape: str, kernel: str = "eager") -> LanguageModel:
+def model(shape: str) -> LanguageModel:
     """Weights large enough that attention looks somewhere."""
     lm = new_causal_lm(smoke(*SHAPES[shape]).scale, VOCABULARY, 0, 0.0, END, PAD).eval()
-    lm.set_attn_implementation(kernel)
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0)
-    return LanguageModel(lm)
+    packs = LanguageModel(lm)
+    assert remove_padding(packs)
+    return packs
 
 
 def learned(lm: LanguageModel, rows: Dialogues, way: str) -> tuple[float, dict[str, Tensor]]:
     """Sum of nats over the mask and its gradients: rows padded together, each by itself, or packed."""
     lm.zero_grad()
+    lm.lm.set_attn_implementation("eager" if way == "padded" else KERNEL)
     pieces = {"padded": [rows], "single": [rows.select([n]).trimmed() for n in range(len(rows))], "packed": [pack(rows, 30)]}[way]
     total = 0.0
     for piece in pieces:
-        loss = -lm(piece.tokens, piece.mask, position_ids=getattr(piece, "positions", None))[0].sum()
+        loss = -lm(piece.tokens, piece.mask, lengths=piece.lengths, position_ids=getattr(piece, "positions", None))[0].sum()
         loss.backward()
         total += float(loss)
     return total, {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_packed_padded_and_single_rows_give_the_same_loss_and_gradients(shape: str, kernel: str) -> None:
-    lm, rows = model(shape, kernel), dialogues(0, 7)
+def test_packed_padded_and_single_rows_give_the_same_loss_and_gradients(shape: str) -> None:
+    lm, rows = model(shape), dialogues(0, 7)
     assert len(pack(rows, 30)) < len(rows)
     wanted, gradients = learned(lm, rows, "single")
     assert len(gradients) > 10
@@ -64,10 +65,9 @@ def test_packed_padded_and_single_rows_give_the_same_loss_and_gradients(shape: s
             torch.testing.assert_close(found[name], gradient, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_dialogue_of_a_row_sees_another(shape: str, kernel: str) -> None:
-    lm, rows = model(shape, kernel), dialogues(1, 3)
+def test_no_dialogue_of_a_row_sees_another(shape: str) -> None:
+    lm, rows = model(shape), dialogues(1, 3)
     packed = pack(rows, 100)
     assert len(packed) == 1
     starts = [*(packed.positions[0] == 0).nonzero()[:, 0].tolist(), packed.tokens.shape[1]]
@@ -93,22 +93,6 @@ def test_no_label_crosses_a_boundary(shape: str) -> None:
     logprobs, _ = model(shape)(packed.tokens, torch.ones_like(packed.mask), position_ids=packed.positions)
     assert not logprobs[starts].any()
     assert (logprobs[~starts] < 0).all()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_model_is_probed_for_attention_across_dialogues(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = model(shape).lm
-    assert keeps_packed_apart(lm)
-    monkeypatch.setattr("actors.models.mask_between_dialogues", lambda lm, places: None)
-    assert keeps_packed_apart(lm) == (shape == "llama")  # OPT as transformers has it does not hand its positions on
-
-
-def test_the_mask_for_opt_has_a_block_for_each_dialogue() -> None:
-    lm, places = model("opt", "sdpa").lm, torch.tensor([[0, 1, 2, 0, 1]])
-    mask = mask_between_dialogues(lm, places)
-    assert mask is not None
-    wanted = torch.block_diag(torch.ones(3, 3).tril(), torch.ones(2, 2).tril()).bool()
-    assert torch.equal(mask[0, 0], wanted)
 
 
 @quickly
