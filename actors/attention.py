@@ -72,7 +72,7 @@ def _one_by_one(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Segments, dropout: float, scaling: float | None
 ) -> Tensor:
     rows = zip(*(x.split(segments.lengths, dim=2) for x in (query, key, value)), strict=True)
-    found = [sdpa_attention_forward(module, *row, None, dropout=dropout, scaling=scaling)[0] for row in rows]
+    found = [sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling)[0] for q, k, v in rows]
     return torch.cat(found, dim=1)
 
 

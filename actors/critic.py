@@ -34,7 +34,8 @@ class Critic(Worker):
         return in_passes(self.engine, pieces, self._values, limit(self.config.engine, self.engine))
 
     def _values(self, rows: Dialogues | Experience) -> Tensor:
-        return before_each(self.engine(rows.tokens.to(self.engine.device), rows.lengths.to(self.engine.device)), rows.mask.to(self.engine.device))
+        device = self.engine.device
+        return before_each(self.engine(rows.tokens.to(device), rows.lengths.to(device)), rows.mask.to(device))
 
     def update(self, experience: list[Experience], step: int) -> dict[str, float]:
         """The clipped value loss over this rank's share, in as many epochs and minibatches as the policy."""

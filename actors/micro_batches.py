@@ -1,7 +1,8 @@
 """How rows are put into forward and backward passes: as many of similar length as are allowed together.
 
 A pass costs its tokens and some time besides, however small it is. Where it computes padding too (`attention.py` says which models need
-it) its tokens are `rows x longest row`. Rows sorted by length are cut where the sum of both is least. Losses are sums over a denominator and roles score each row by itself, so no result depends on where that is.
+it) its tokens are `rows x longest row`. Rows sorted by length are cut where the sum of both is least. Losses are sums over a denominator
+and roles score each row by itself, so no result depends on where that is.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Limit:
 class Padding(Protocol):
     """What computes passes."""
 
-    padded: bool
+    @property
+    def padded(self) -> bool: ...
 
 
 def limit(settings: EngineSettings, engine: Padding) -> Limit:

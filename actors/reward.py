@@ -42,8 +42,11 @@ class Reward(Worker):
         """Learn what sources that read text need; may be left out with `ppo.rewards` empty and a model of the policy's tokenizer."""
         self.texts = texts
 
-    def score(self, pieces: list[Rollouts]) -> list[Tensor]:
+    def score(self, pieces: list[Rollouts], first: bool = True) -> list[Tensor]:
         """[B] for each piece: the score of the whole reply.
+
+        Args:
+            first: whether this begins a batch; other calls go on with it, and `describe` is of all of it.
 
         Raises:
             RewardError: a source gave none.
@@ -52,13 +55,15 @@ class Reward(Worker):
             raise RewardError("ppo.rewards: the reward role was not told the conversations (Reward.prepare)")
         rows = Rows(pieces, self.texts)
         total = torch.zeros(len(rows))
+        before = {} if first else self.described
+        self.described = {}
         for name, weight, source in self.sources:
             found = source.score(rows)
-            self.described[name] = Moments.of(found)
+            self.described[name] = before.get(name, Moments()).merged(Moments.of(found))
             total += weight * found
         if not bool(total.isfinite().all()):
             raise RewardError("ppo.rewards: the weighted sum of the scores is not finite; lower the sources' weights, or what they give")
-        self.described[TOTAL] = Moments.of(total)
+        self.described[TOTAL] = before.get(TOTAL, Moments()).merged(Moments.of(total))
         return list(total.split([len(piece) for piece in pieces]))
 
     def engines(self) -> list[Engine]:
@@ -66,5 +71,5 @@ class Reward(Worker):
 
     @off_device
     def describe(self) -> dict[str, Moments]:
-        """Moments of this rank's last scores, of each source by name, and of their sum as `TOTAL`."""
+        """Moments of this rank's scores of the last batch, of each source by name, and of their sum as `TOTAL`."""
         return self.described

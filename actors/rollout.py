@@ -14,7 +14,7 @@ from actors.precision import computes_in_bf16
 from actors.rank import off_device
 from actors.rollout_transformers import TransformersEngine
 from actors.routes import endpoint
-from actors.sampling import RolloutEngine, Sampling
+from actors.sampling import Queueing, RolloutEngine, Sampling
 from actors.staging import staged
 from actors.stream import Endpoint, Route, receive_all, total_bytes
 from actors.weight_sync import BUCKET_BYTES, Arrivals, WeightUpdate, unpack
@@ -53,10 +53,17 @@ class Rollout(Worker):
 
         return VLLMEngine(self.config, self.checkpoint, self.device)
 
-    def generate(self, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
-        """Replies to all pieces, sampled in batches of similar prompt length and given back in the same pieces."""
+    def generate(self, pieces: list[Prompts], coming: list[Prompts], sampling: Sampling, first: bool = True) -> list[Rollouts]:
+        """Replies to all pieces, sampled in batches of similar prompt length and given back in the same pieces.
+
+        Args:
+            coming: what the next calls will ask for, which an engine that adds to its batch while it works begins with meanwhile.
+            first: whether this begins a batch of the loop's; other calls go on with it.
+        """
         self._check_awake()
         prompts = Prompts.join(pieces)
+        if coming and isinstance(self.engine, Queueing):
+            self.engine.expect(Prompts.join([*pieces, *coming]), sampling)
         order = prompts.lengths.argsort(stable=True)
         at_once = len(prompts) if self.config.rollout.engine == "vllm" else self.config.engine.rollout_batch  # vLLM lets replies queue
         batches = [prompts.select(rows).trimmed() for rows in order.split(at_once)]
@@ -64,12 +71,12 @@ class Rollout(Worker):
         sizes = [len(piece) for piece in pieces]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         found = [rollouts.select(slice(start, start + size)).trimmed() for start, size in zip(starts, sizes, strict=True)]
-        self.counted = [int(piece.lengths.sum()) for piece in found]
+        self.counted = ([] if first else self.counted) + [int(piece.lengths.sum()) for piece in found]
         return found
 
     @off_device
     def token_counts(self) -> tuple[int, ...]:
-        """Tokens of each piece that `generate` gave back last, prompts and replies."""
+        """Tokens of each piece of the last batch, prompts and replies."""
         return tuple(self.counted)  # a list would be one result for each piece
 
     def reload(self, checkpoint: str) -> None:

@@ -76,6 +76,11 @@ class VLLMEngine:
         self.end = end_of_turn(path)
         self.shapes = parameter_shapes(path)
         self.due = dict(self.shapes)
+        self.asked = 0
+        self.expected: dict[tuple[Any, ...], list[str]] = {}
+        """Requests that nobody has come for yet, by how they are drawn and their keys."""
+        self.done: dict[str, Any] = {}
+        """Replies that nobody has fetched."""
         self.asleep, self.waiting = False, list[tuple[dict[str, Tensor], bool]]()
         wanted = chosen(config).eager
         self.eager = device.type == "cpu" if wanted is None else wanted
@@ -90,14 +95,15 @@ class VLLMEngine:
             ValueError: a prompt leaves no room for a reply in the model's context.
             RuntimeError: some weights of the next version have not come yet.
         """
-        self._check_ready(prompts, sampling)
-        for number, (ids, key) in enumerate(zip(rows(prompts), prompts.keys.tolist(), strict=True)):
-            self.llm.add_request(str(number), {"prompt_token_ids": ids}, request(sampling, key, self.end))
-        done: dict[int, Any] = {}
+        keys = prompts.keys.tolist()
+        names = [self._taken(key, sampling) for key in keys]
+        missing = [number for number, name in enumerate(names) if name is None]
+        self.expect(prompts.select(missing), sampling)
+        wanted = [name or str(self._taken(key, sampling)) for name, key in zip(names, keys, strict=True)]
         with eager_torch(self.eager):
-            while self.llm.has_unfinished_requests():
-                done.update((int(output.request_id), output.outputs[0]) for output in self.llm.step())
-        replies = [done[number] for number in range(len(prompts))]
+            while not self.done.keys() >= set(wanted):
+                self.done.update((output.request_id, output.outputs[0]) for output in self.llm.step())
+        replies = [self.done.pop(name) for name in wanted]
         counts = torch.tensor([len(reply.token_ids) for reply in replies])
         tokens, logprobs = torch.zeros(2, len(prompts), int(counts.max()), dtype=torch.float64).unbind()
         for number, reply in enumerate(replies):
@@ -105,6 +111,32 @@ class VLLMEngine:
             logprobs[number, : counts[number]] = torch.tensor(reply.logprobs.logprobs, dtype=torch.float64)
         finished = torch.tensor([reply.finish_reason == "stop" for reply in replies])
         return assemble(prompts, tokens.long(), logprobs.float(), counts, finished, self.version)
+
+    def expect(self, prompts: Prompts, sampling: Sampling) -> None:
+        """Begin with replies to these; `generate` is called for each of them before weights change."""
+        if not len(prompts):
+            return
+        self._check_ready(prompts, sampling)
+        for ids, key in zip(rows(prompts), prompts.keys.tolist(), strict=True):
+            self.asked += 1
+            self.llm.add_request(str(self.asked), {"prompt_token_ids": ids}, request(sampling, key, self.end))
+            self.expected.setdefault((sampling, *key), []).append(str(self.asked))
+
+    def _taken(self, key: list[int], sampling: Sampling) -> str | None:
+        """A request under way for this reply, which nobody else gets then."""
+        names = self.expected.get((sampling, *key))
+        if not names:
+            return None
+        name = names.pop()
+        if not names:
+            del self.expected[sampling, *key]
+        return name
+
+    def _forget(self) -> None:
+        """Requests that nobody came for are of weights that are no more."""
+        self.llm.abort_request([name for names in self.expected.values() for name in names])
+        self.expected.clear()
+        self.done.clear()
 
     def _check_ready(self, prompts: Prompts, sampling: Sampling) -> None:
         if self.due.keys() != self.shapes.keys():
@@ -136,12 +168,15 @@ class VLLMEngine:
             self.due, self.version = dict(self.shapes), version
 
     def _take(self, weights: dict[str, Tensor], first: bool, last: bool) -> None:
+        if first:
+            self._forget()
         self.llm.collective_rpc("take_weights", args=(list(weights.items()), first, last))
         if last:
             self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def reload(self, path: str) -> None:
         """Sample from a checkpoint of the same shape from now on, as version 0."""
+        self._forget()
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         self.llm.collective_rpc("renew_heads")
         self.llm.reset_prefix_cache()

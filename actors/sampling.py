@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ class RolloutEngine(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Move the weights."""
+
+
+@runtime_checkable
+class Queueing(Protocol):
+    """An engine that samples replies of a later call while it still works on this one's."""
+
+    def expect(self, prompts: Prompts, sampling: Sampling) -> None:
+        """Begin with replies to these; `generate` is called for each of them before weights change."""
 
 
 def assemble(prompts: Prompts, replies: Tensor, logprobs: Tensor, counts: Tensor, finished: Tensor, version: int) -> Rollouts:

@@ -64,6 +64,9 @@ class PPO(Settings):
     staleness: Whole
     """Updates that the weights that sample may be behind those that learn. 0: sample, then learn. From 1: engines sample so many batches
     ahead while policy and critic learn; needs `importance_cap`, and roles that do not take turns. Above 1 it evens out long replies."""
+    waves: Count
+    """Parts that a batch is sampled in: the first is scored while the second is sampled. 1: all replies first. Above 1 needs roles that do
+    not take turns; of use where engines and the roles that score have devices of their own. No result depends on it."""
     advantage: Literal["gae", "rloo", "grpo", "reinforce"]
     """`gae`: from the values of a critic. The others need none: a reply's score less its KL penalty is compared with the other replies to
     its prompt (`rloo`, `grpo`) or with the batch (`reinforce`); algorithms/baselines.py."""

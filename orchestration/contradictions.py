@@ -130,6 +130,8 @@ def _ppo(config: Config) -> Iterable[str]:
         )
     if ppo.staleness and config.placement.sleep:
         yield f"ppo.staleness={ppo.staleness}: roles that take turns (placement.sleep=true) cannot sample while others learn; set it to 0"
+    if ppo.waves > 1 and config.placement.sleep:
+        yield f"ppo.waves={ppo.waves}: roles that take turns (placement.sleep=true) cannot score while others sample; set it to 1"
     if ppo.compares_replies() and samples < 2:
         yield (
             f"ppo.samples_per_prompt={samples}: ppo.advantage={ppo.advantage} compares the replies to one prompt; set it to 2 or more, or "

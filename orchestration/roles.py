@@ -124,8 +124,9 @@ class RewardGroup:
     def prepare(self, texts: Pieces[Texts]) -> Pieces[None]:
         return self.group.each(Reward.prepare, texts=texts)
 
-    def score(self, rollouts: Pieces[Rollouts]) -> Pieces[Tensor]:
-        return self.group.map(Reward.score, rollouts)
+    def score(self, rollouts: Pieces[Rollouts], first: bool = True) -> Pieces[Tensor]:
+        """`first`: this begins a batch, whose figures `describe` gives."""
+        return self.group.map(Reward.score, rollouts, first=first)
 
     def describe(self) -> Pieces[dict[str, Moments]]:
         return self.group.each(Reward.describe)
@@ -137,8 +138,14 @@ class RolloutGroup:
 
     group: Group
 
-    def generate(self, prompts: Pieces[Prompts], sampling: Sampling) -> Pieces[Rollouts]:
-        return self.group.map(Rollout.generate, prompts, sampling=sampling)
+    def generate(
+        self, prompts: Pieces[Prompts], sampling: Sampling, coming: Pieces[Prompts] | None = None, first: bool = True
+    ) -> Pieces[Rollouts]:
+        """Args:
+        coming: what the next calls will ask for; engines may begin with it.
+        first: this begins a batch, whose pieces `token_counts` counts.
+        """
+        return self.group.map(Rollout.generate, prompts, coming or Pieces([], []), sampling=sampling, first=first)
 
     def endpoint(self) -> Pieces[Endpoint]:
         return self.group.each(Rollout.endpoint)
@@ -147,7 +154,7 @@ class RolloutGroup:
         return self.group.each(Rollout.receive_weights, version=version, route=route, table=table)
 
     def token_counts(self) -> Pieces[tuple[int, ...]]:
-        """Tokens of each piece that each rank gave back last."""
+        """Tokens of each piece of the last batch, rank by rank."""
         return self.group.each(Rollout.token_counts)
 
     def load_weights(self, update: Pieces[WeightUpdate]) -> Pieces[int]:

@@ -9,9 +9,6 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
-from typing import Any
-
-from orchestration.runtime.dispatch import Pieces
 
 
 def balanced(weights: Sequence[int], bins: int) -> list[list[int]]:
@@ -37,16 +34,14 @@ def balanced(weights: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(indices) for _, indices in heap[0][2]]
 
 
-def in_balance(pieces: Pieces[Any], tokens: Sequence[int], ranks: int, whole: bool) -> Pieces[Any]:
-    """The pieces in an order in which consecutive equal shares, of `ranks` ranks or of a divisor of it, have about as many tokens.
+def balanced_order(tokens: Sequence[int], ranks: int, whole: bool) -> list[int]:
+    """The pieces' indices in an order in which consecutive equal shares, of `ranks` ranks or of a divisor of it, have about as many tokens.
 
     Args:
         tokens: of each piece.
         whole: whether no row belongs together with one of another piece; otherwise the pieces stay in order.
     """
-    if ranks == 1 or not whole:
-        return pieces
-    return Pieces([pieces.items[index] for share in balanced(tokens, ranks) for index in share], pieces.calls)
+    return list(itertools.chain(*balanced(tokens, ranks))) if ranks > 1 and whole else list(range(len(tokens)))
 
 
 def _partial(bins: list[tuple[int, list[int]]], number: itertools.count[int]) -> tuple[int, int, list[tuple[int, list[int]]]]:

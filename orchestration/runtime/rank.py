@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.memory import give_back_freed_memory, share_arenas
+from actors.memory import give_back_freed_memory, tune_allocator
 from actors.rank import RankSpec
 from conf.schema import Config
 
@@ -30,7 +30,7 @@ class RayRank:
             a second start.)
         """
         os.environ.update(environment)
-        share_arenas()
+        tune_allocator()
         # transformers would import it, and with it pandas, for a function that no rank uses: 64 MB and 1.3 s of a core each
         sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
         self.doing = ("", time.time())

@@ -25,6 +25,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from actors.algorithms.kl import KLController
 from actors.algorithms.running import Moments
@@ -38,8 +39,8 @@ from orchestration.data.text import blocks, validation_and_test
 from orchestration.errors import RequestError
 from orchestration.roles import CriticGroup, PolicyGroup, Roles
 from orchestration.run_directory import ResumePoint
-from orchestration.runtime.balancing import balanced, in_balance
-from orchestration.runtime.dispatch import Pieces, cut
+from orchestration.runtime.balancing import balanced, balanced_order
+from orchestration.runtime.dispatch import Pieces, by_rank, cut, gathered, waves_of
 from orchestration.stages.ahead import Ahead
 from orchestration.stages.context import StageContext
 from orchestration.stages.guarding import KLGuard
@@ -66,6 +67,18 @@ def run(context: StageContext) -> dict[str, Any]:
         return Loop(context, started, prompts, judged_on, _pretraining(context), _held_out_text(context)).run() | lost
     finally:
         context.runtime.stop()
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step's replies, and what the roles that do not learn say of them."""
+
+    rollouts: Pieces[Rollouts]
+    scores: Pieces[Tensor]
+    reference: Pieces[Tensor]
+    """Log-probs under the reference."""
+    values: Pieces[Tensor]
+    """The critic's; empty without one."""
 
 
 @dataclass
@@ -128,15 +141,26 @@ class Loop:
         result: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
         return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
 
-    def sample(self, step: int) -> Pieces[Rollouts]:
-        """This step's replies, spread over ranks by their tokens; those of the next `ppo.staleness` steps are asked for as well."""
+    def sample(self, step: int) -> Sampled:
+        """This step's replies, spread over ranks by their tokens, and what the other roles say of them; replies of the next
+        `ppo.staleness` steps are asked for as well."""
         rollouts = self.ahead.take(step)
+        scored = self.scored(rollouts) if self.ppo.waves > 1 else None  # each wave is scored as soon as its replies are there
         self.timed("rollout", f"replies of PPO step {step + 1}", rollouts)
+        order = self.order_of(rollouts)
+        rollouts = rollouts.chosen(order)
+        return Sampled(rollouts, *([each.chosen(order) for each in scored] if scored else self.scored(rollouts)))
+
+    def order_of(self, rollouts: Pieces[Rollouts]) -> list[int]:
+        """The pieces in the order in which ranks that learn have about as many tokens."""
         if self.together == 1 or self.ppo.staleness:  # engines that sample ahead would tell the lengths of a later step
-            return rollouts
-        tokens = list(chain(*self.runtime.get(self.roles.rollout.token_counts(), "lengths of the replies")))
+            return list(range(len(rollouts)))
+        counts = self.runtime.get(self.roles.rollout.token_counts(), "lengths of the replies")
+        tokens = [0] * len(rollouts)
+        for index, count in zip(by_rank(self.waves_of(rollouts), self.roles.rollout.group.size), chain(*counts), strict=True):
+            tokens[index] = count
         whole = self.ppo.batch // len(rollouts) % self.ppo.samples_per_prompt == 0  # a piece has all replies to its prompts
-        return in_balance(rollouts, tokens, self.together, whole)
+        return balanced_order(tokens, self.together, whole)
 
     def generate(self, step: int) -> Pieces[Rollouts]:
         """Ask for a step's replies; those to one prompt are next to each other: so they reach the same rank."""
@@ -144,15 +168,30 @@ class Loop:
         index = step_rows(self.prompts.lengths, self.ppo.batch // samples, step, self.config.seed, pool=1)
         if self.together > 1 and len(index) % self.together == 0:
             index = index[torch.tensor(list(chain(*balanced(self.prompts.lengths[index].tolist(), self.together))))]
-        pieces = cut(self.prompts.select(index).repeated(samples), self.together, self.config.engine.micro_batch, samples)
+        batch = self.prompts.select(index).repeated(samples)
+        prompts = self.runtime.put(cut(batch, self.together, self.config.engine.micro_batch, samples, self.ppo.waves))
         sampling = Sampling(self.ppo.temperature, self.ppo.max_new_tokens, self.config.seed, step)
-        return self.roles.rollout.generate(self.runtime.put(pieces), sampling)
+        first, *more = order = self.waves_of(prompts)
+        coming = prompts.chosen(by_rank(more, self.roles.rollout.group.size)) if more else None
+        found = [self.roles.rollout.generate(prompts.chosen(first), sampling, coming)]
+        found += [self.roles.rollout.generate(prompts.chosen(wave), sampling, first=False) for wave in more]
+        return gathered(found, order)
 
-    def score(self, rollouts: Pieces[Rollouts], step: int) -> tuple[Pieces[Experience], dict[str, float]]:
-        """Scores, reference log-probs and values in parallel; from them rewards, advantages and the samples' figures."""
-        scores = self.roles.reward.score(rollouts)
-        reference = self.roles.reference.logprobs(rollouts, self.ppo.temperature)
-        values = self.roles.critic.values(rollouts) if self.ppo.has_critic() else self.runtime.put([])
+    def waves_of(self, pieces: Pieces[Any]) -> list[list[int]]:
+        return waves_of(len(pieces), self.together, self.ppo.waves)
+
+    def scored(self, rollouts: Pieces[Rollouts]) -> tuple[Pieces[Tensor], Pieces[Tensor], Pieces[Tensor]]:
+        """Scores, reference log-probs and values, wave by wave."""
+        order = self.waves_of(rollouts)
+        waves = [rollouts.chosen(wave) for wave in order]
+        scores = [self.roles.reward.score(wave, first=number == 0) for number, wave in enumerate(waves)]
+        reference = [self.roles.reference.logprobs(wave, self.ppo.temperature) for wave in waves]
+        values = gathered([self.roles.critic.values(wave) for wave in waves], order) if self.ppo.has_critic() else self.runtime.put([])
+        return gathered(scores, order), gathered(reference, order), values
+
+    def score(self, sampled: Sampled, step: int) -> tuple[Pieces[Experience], dict[str, float]]:
+        """From scores, reference log-probs and values: rewards, advantages and the samples' figures."""
+        rollouts, scores, reference, values = sampled.rollouts, sampled.scores, sampled.reference, sampled.values
         self.timed("reward", f"scores of PPO step {step + 1}", scores)
         batch, by_source = moments_of_scores(self.runtime, self.roles)
         self.seen_before, self.seen = self.seen, self.seen.merged(batch)

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from actors.language_task import LanguageTask
 from actors.attention import can_remove_padding
+from actors.language_task import LanguageTask
 from actors.models import load_causal_lm
 from conf.schema import Config
 from orchestration.data.chat import Chat, load_tokenizer
@@ -71,7 +71,7 @@ def pack_length(config: Config, start: Path) -> int | None:
     if not config.sft.packing:
         return None
     if not config.engine.remove_padding:
-        raise RequestError("sft.packing=true: dialogues of a row are kept apart where no padding is computed; set engine.remove_padding=true")
+        raise RequestError("sft.packing=true: dialogues of a row are kept apart only with engine.remove_padding=true")
     lm = load_causal_lm(str(start), unfilled=True)
     if not can_remove_padding(lm):
         raise RequestError(

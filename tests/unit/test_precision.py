@@ -43,11 +43,11 @@ def test_training_and_sampling_are_in_bf16_where_the_cpu_has_it_and_in_float32_e
     rank = Rollout(smoke("model.dtype=bf16"), saved_lm(tmp_path), RankSpec("rollout", 0, 1, torch.get_num_threads()))
     rank.load()
     assert next(rank.engine.lm.parameters()).dtype == (torch.bfloat16 if able else torch.float32)
-    (found,) = rank.generate([prompts(5)], SAMPLING)
+    (found,) = rank.generate([prompts(5)], [], SAMPLING)
     assert found.behaviour.dtype == torch.float32
     plain = Rollout(smoke("model.dtype=fp32"), str(tmp_path), RankSpec("rollout", 0, 1, torch.get_num_threads()))
     plain.load()
-    (exact,) = plain.generate([prompts(5)], SAMPLING)
+    (exact,) = plain.generate([prompts(5)], [], SAMPLING)
     same = [a == b for a, b in zip(replies(found), replies(exact), strict=True)]
     gap = (found.behaviour[:, : exact.behaviour.shape[1]] - exact.behaviour[:, : found.behaviour.shape[1]]).abs()
     assert all(same) or able  # rounding may turn a sample, but not make another model of it

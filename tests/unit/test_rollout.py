@@ -184,12 +184,12 @@ def test_a_rollout_rank_gives_back_the_pieces_it_was_given_and_takes_packed_weig
     rank.load()
     asked = prompts(7)
     pieces = [piece.trimmed() for piece in asked.split(3)]
-    found = rank.generate(pieces, SAMPLING)
+    found = rank.generate(pieces, [], SAMPLING)
     assert [len(piece) for piece in found] == [3, 3, 1]
     whole = TransformersEngine(tiny_lm(), END, torch.device("cpu")).generate(asked, SAMPLING)
     assert [reply for piece in found for reply in replies(piece)] == replies(whole)
     assert rank.load_weights(pack(LanguageModel(tiny_lm(1)).state_dict(), 4)) == 4
-    assert replies(rank.generate([asked], SAMPLING)[0]) != replies(whole)
+    assert replies(rank.generate([asked], [], SAMPLING)[0]) != replies(whole)
 
 
 def test_a_sleeping_engine_takes_weights_where_it_sleeps_and_samples_when_it_is_woken(tmp_path) -> None:
@@ -199,10 +199,10 @@ def test_a_sleeping_engine_takes_weights_where_it_sleeps_and_samples_when_it_is_
     assert is_off_device(Rollout.load_weights)
     rank.load_weights(pack(LanguageModel(tiny_lm(1)).state_dict(), 4))
     with pytest.raises(RuntimeError, match="sleeps"):
-        rank.generate([prompts(6)], SAMPLING)
+        rank.generate([prompts(6)], [], SAMPLING)
     rank.wake()
     wanted = TransformersEngine(tiny_lm(1), END, torch.device("cpu")).generate(prompts(6), SAMPLING)
-    assert replies(rank.generate([prompts(6)], SAMPLING)[0]) == replies(wanted)
+    assert replies(rank.generate([prompts(6)], [], SAMPLING)[0]) == replies(wanted)
 
 
 def shaped(**changes: Any) -> PreTrainedModel:
