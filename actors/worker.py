@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.attention import remove_padding
+from actors.compiling import compile_blocks
 from actors.engine import Engine
 from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, write_model
 from actors.rank import RankSpec as RankSpec
@@ -113,7 +114,10 @@ def make_engine(config: Config, module: nn.Module, optimizer: Optimizer | None) 
     """The module in an engine as the configuration wants it."""
     if config.engine.remove_padding:
         remove_padding(module)
-    return Engine(module, optimizer, sharding(config))
+    engine = Engine(module, optimizer, sharding(config))
+    if config.engine.compile:
+        compile_blocks(engine.module)  # after what the engine does to blocks
+    return engine
 
 
 def sharding(config: Config) -> Sharding:

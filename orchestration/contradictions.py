@@ -130,6 +130,8 @@ def _ppo(config: Config) -> Iterable[str]:
         )
     if ppo.staleness and config.placement.sleep:
         yield f"ppo.staleness={ppo.staleness}: roles that take turns (placement.sleep=true) cannot sample while others learn; set it to 0"
+    if config.engine.compile and config.zero_stage() == 3:
+        yield "engine.compile=true: under ZeRO stage 3 parameters come and go within a block; set it to false, or engine.zero_stage to 2"
     if ppo.waves > 1 and config.placement.sleep:
         yield f"ppo.waves={ppo.waves}: roles that take turns (placement.sleep=true) cannot score while others sample; set it to 1"
     if ppo.compares_replies() and samples < 2:

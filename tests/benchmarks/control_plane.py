@@ -5,8 +5,9 @@
 
 Ranks are torch-free stand-ins that give back what they were given at once. A round is the calls of one step of the loop
 (`calls_of_a_step`) on the real Ray runtime; or, with `--fake`, on actors that live in the driver's process, so that only our own code is
-measured. CPU time is that of the driver's process with all its threads (user and system). The clusters of different sizes are started one
-after the other; the table holds medians over rounds, with the 95% interval of the median by resampling.
+measured. Beside it stands what as many calls cost in bare Ray: a method of the same actors that takes nothing and gives back a word,
+submitted to all and fetched together. CPU time is that of the driver's process with all its threads (user and system). The clusters of
+different sizes are started one after the other; the table holds medians over rounds, with the 95% interval of the median by resampling.
 """
 
 from __future__ import annotations
@@ -75,7 +76,19 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def on_ray(ranks: int, rounds: int) -> tuple[np.ndarray, np.ndarray, int]:
+def bare(actors: list[Any], calls: int) -> Callable[[], int]:
+    """As many calls as a step has, of Ray alone."""
+    import ray
+
+    def step() -> int:
+        for start in range(0, calls, len(actors)):
+            ray.get([actor.state.remote() for actor in actors[: calls - start]])
+        return calls
+
+    return step
+
+
+def on_ray(ranks: int, rounds: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
     import ray
 
     ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not have the tests on their path
@@ -92,7 +105,9 @@ def on_ray(ranks: int, rounds: int) -> tuple[np.ndarray, np.ndarray, int]:
             def wait(*given: Pieces[Any]) -> None:
                 runtime.wait(*given, what="stand-ins")
 
-            return measured(lambda: calls_of_a_step(groups, runtime.put, wait, pieces), rounds)
+            cpu, wall, calls = measured(lambda: calls_of_a_step(groups, runtime.put, wait, pieces), rounds)
+            floor, _, _ = measured(bare([actor for group in started.values() for actor in group.ranks], calls), rounds)  # type: ignore[attr-defined]
+            return cpu, wall, calls, floor
         finally:
             runtime.close()
 
@@ -134,7 +149,7 @@ class FakeActor:
         self.call = self._Method(lambda returns: [object() for _ in range(returns)])
 
 
-def in_process(ranks: int, rounds: int) -> tuple[np.ndarray, np.ndarray, int]:
+def in_process(ranks: int, rounds: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
     groups = {name: RayGroup(name, [FakeActor() for _ in range(count)]) for name, count in sizes(ranks).items()}
     pieces = max(group.size for group in groups.values())
     runtime = object.__new__(RayRuntime)
@@ -156,7 +171,7 @@ def in_process(ranks: int, rounds: int) -> tuple[np.ndarray, np.ndarray, int]:
         def wait(*given: Pieces[Any]) -> None:
             runtime._wait(given, "stand-ins", "deadlines.step", time.monotonic() + 60)
 
-        return measured(lambda: calls_of_a_step(groups, lambda items: Pieces(items, []), wait, pieces), rounds)
+        return *measured(lambda: calls_of_a_step(groups, lambda items: Pieces(items, []), wait, pieces), rounds), np.zeros(1)
     finally:
         cluster.ray = real
 
@@ -167,15 +182,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--fake", action="store_true", help="actors in this process")
     wanted = parser.parse_args()
-    print("| ranks | calls a step | driver CPU a step, ms | a call, ms | its 95% interval | a step, ms |\n|---|---|---|---|---|---|")
+    print("| ranks | calls a step | driver CPU a step, ms | a call, ms | its 95% interval | bare Ray, a call, ms | a step, ms |")
+    print("|---|---|---|---|---|---|---|")
     for ranks in wanted.ranks:
-        cpu, wall, calls = (in_process if wanted.fake else on_ray)(ranks, wanted.rounds)
+        cpu, wall, calls, floor = (in_process if wanted.fake else on_ray)(ranks, wanted.rounds)
         draws = np.random.default_rng(0).integers(0, len(cpu), (RESAMPLES, len(cpu)))
         low, high = 1e3 / calls * np.percentile(np.median(cpu[draws], axis=1), [2.5, 97.5])
         middle = 1e3 * float(np.median(cpu))
         count = sum(sizes(ranks).values()) if ranks >= len(PPO_ROLES) else ranks
-        figures = f"{middle:.1f} | {middle / calls:.3f} | {low:.3f} to {high:.3f} | {1e3 * float(np.median(wall)):.1f}"
-        print(f"| {count} | {calls} | {figures} |", flush=True)
+        figures = f"{middle:.1f} | {middle / calls:.3f} | {low:.3f} to {high:.3f} | {1e3 * float(np.median(floor)) / calls:.3f}"
+        print(f"| {count} | {calls} | {figures} | {1e3 * float(np.median(wall)):.1f} |", flush=True)
 
 
 if __name__ == "__main__":

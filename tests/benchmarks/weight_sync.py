@@ -47,7 +47,7 @@ class FrozenPolicy(Policy):
     def load(self) -> None:
         from actors.worker import make_engine
 
-        self.engine = make_engine(self.config, language_model(self.config, "policy", self.checkpoint), None)
+        self.engine = make_engine(self.config, language_model(self.config, self.checkpoint), None)
         self._describe_weights()
 
 
