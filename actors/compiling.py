@@ -1,5 +1,5 @@
-"""`engine.compile`: a transformer's blocks through torch.compile, which fuses norms, rotations and gates. Attention that goes row by row stays
-as it is (attention.py). All blocks of a model are alike, so that one is compiled and the others find it in the cache."""
+"""`engine.compile`: a transformer's blocks through torch.compile, which fuses norms, rotations and gates. Attention that goes row by row
+stays as it is (attention.py). All blocks of a model are alike, so that one is compiled and the others find it in the cache."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ class Engine(Settings):
     """Lay the sequences of a pass end to end and compute no padding, in every model that attends to all tokens before and hands on to its
     attention where each sequence ends (`actors/attention.py`); other models compute the padding, as all do with false."""
     compile: bool
-    """Compile the blocks of every model that learns or scores (torch.compile): some 20 s at the start of each rank, and a C++ compiler where
-    there is no GPU. Not under ZeRO stage 3, whose parameters come and go."""
+    """Compile the blocks of every model that learns or scores (torch.compile): some 20 s at the start of each rank, and a C++ compiler
+    where there is no GPU. Not under ZeRO stage 3, whose parameters come and go."""
     shard_mb: Count
     """Size at which an exported checkpoint goes on in another file, MB; also what loading and exporting hold at once, at most."""
     rollout_batch: Count

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from actors.batch import Prompts, Rollouts, pad_rows
+from actors.decoding import left_padded
 from actors.models import load_causal_lm, new_causal_lm
-from actors.rollout_transformers import left_padded
 from actors.sampling import Sampling
 from conf.schema import Config
 from orchestration import config as configuration
