@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).parent / "chatray"
 LIMIT_SECONDS = 700
 
+RAY_MARK = re.compile(r"^pytestmark = .*\bpytest\.mark\.ray\b", re.MULTILINE)
 MARK = "CHATRAY_TESTS"
 os.environ[MARK] = str(os.getpid())  # whatever these tests start inherits it; other tests may run beside them
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default, 15, lets whatever runs beside a rank go first
@@ -106,7 +108,7 @@ class ByFileAndRay(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "ray" if "\npytestmark = pytest.mark.ray\n" in (ROOT / file).read_text(encoding="utf-8") else file
+        return "ray" if RAY_MARK.search((ROOT / file).read_text(encoding="utf-8")) else file
 
 
 def ray_processes() -> list[psutil.Process]:

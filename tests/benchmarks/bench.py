@@ -30,7 +30,10 @@ ROOT = FOLDER.parents[1]
 SETTINGS = ("natural", "fixed")
 ARMS = ("theirs", "ours", "bare", "ours-bf16", "theirs-bf16")
 SCRIPTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "rollout-speed": ("Rollouts, tokens per second", ("rollout_speed",)),
+    "rollout-speed": (
+        "Rollouts, tokens per second",
+        ("rollout_speed vllm", "rollout_speed transformers --checkpoint runs/bench/natural/lm"),
+    ),
     "weight-sync": ("Weights on their way", ("weight_sync", "weight_sync --ranks 2 --sizes 125m")),
     "control-plane": ("What the driver itself costs", ("control_plane", "control_plane --ranks 256 --fake")),
 }

@@ -5,8 +5,9 @@
 
 `vllm`: the actor beside vLLM's own loop in this process, with the same settings, prompts and seeds. `transformers`: the actor beside
 `model.generate`, which carries ended replies along to the end of the longest; that counts on a trained `--checkpoint`, whose replies end by
-themselves. Without one the model has random weights of `scale=` and its replies hardly ever end. The one that is not asked is idle. A line
-of JSON: median of the ratio (actor over bare), its 95% interval over resampled pairs, and both medians in tokens per second.
+themselves (prompts are taken from a `prompts.json` beside it). Without one the model has random weights of `scale=` and its replies hardly
+ever end. The one that is not asked is idle. Given are the median of the ratio (actor over bare), its 95% interval over resampled pairs, and
+both medians in tokens per second.
 """
 
 from __future__ import annotations
@@ -33,9 +34,14 @@ from orchestration.runtime.dispatch import cut
 LONGEST_PROMPT = 24
 
 
-def prompts(count: int, vocabulary: int) -> Prompts:
+def prompts(count: int, vocabulary: int, known: Path | None) -> Prompts:
+    """Of random tokens; or, for a policy of `step_time`, those that lie beside it, one after the other."""
     draw = np.random.default_rng(0)
-    tokens, lengths = pad_rows([draw.integers(4, vocabulary, draw.integers(4, LONGEST_PROMPT)).tolist() for _ in range(count)])
+    if known is not None and known.exists():
+        given = [prompt["tokens"] for prompt in json.loads(known.read_text(encoding="utf-8"))]
+        tokens, lengths = pad_rows([given[number % len(given)] for number in range(count)])
+    else:
+        tokens, lengths = pad_rows([draw.integers(4, vocabulary, draw.integers(4, LONGEST_PROMPT)).tolist() for _ in range(count)])
     return Prompts(tokens, lengths, torch.tensor([[n, 0] for n in range(count)]))
 
 
@@ -100,11 +106,16 @@ def main() -> None:
         if not path:
             path = f"{folder}/lm"
             new_causal_lm(config.scale, config.scale.vocabulary, 0, 0.0, 1, 0).save_pretrained(path)
-        asked = prompts(asked_for.prompts, load_causal_lm(path).config.vocab_size)
+        asked = prompts(asked_for.prompts, load_causal_lm(path).config.vocab_size, Path(path).parent / "prompts.json")
         through_role, end = actor(config, path, asked)
         try:
             bare = (bare_vllm if asked_for.engine == "vllm" else bare_transformers)(config, path, asked)
-            print(json.dumps(compared(through_role, bare, asked_for.pairs)))
+            found = compared(through_role, bare, asked_for.pairs)
+            print(
+                "| engine | prompts | through the role, tokens/s | bare, tokens/s | ratio: median (95% interval) |\n|---|---|---|---|---|"
+            )
+            ratio = f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+            print(f"| {asked_for.engine} | {len(asked)} | {found['role']:.0f} | {found['bare']:.0f} | {ratio} |")
         finally:
             end()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Chatray
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def test_smoke_run_on_one_gpu(chatray: Chatray, tmp_path: Path) -> None:
