@@ -24,7 +24,7 @@ from orchestration.errors import RunError
 from orchestration.runtime.connection import connect
 from orchestration.runtime.dispatch import Pieces, shares
 from orchestration.runtime.group import Group, RoleRequest
-from orchestration.runtime.rank import RankActor, rank_environment
+from orchestration.runtime.rank import Asked, RankActor, rank_environment
 from orchestration.runtime.reservation import Reservation, Slot, reserve
 from orchestration.runtime.turns import in_turns, load_in_turns
 
@@ -71,9 +71,8 @@ class RayGroup:
         for rank, actor in enumerate(self.ranks):
             mine = [argument[rank] for argument in split]
             flat = [item for argument in mine for item in argument]
-            done, *found = actor.call.options(num_returns=1 + results[rank]).remote(
-                method.__name__, [len(argument) for argument in mine], plain, list(held), *flat, *held.values()
-            )
+            asked = Asked(method.__name__, tuple(map(len, mine)), plain, tuple(held))
+            done, *found = actor.call.options(num_returns=1 + results[rank]).remote(asked, *flat, *held.values())
             items += found
             calls.append(Call(done, self, rank, method.__name__))
         return Pieces(items, calls)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
@@ -18,6 +18,17 @@ from conf.schema import Config
 
 if TYPE_CHECKING:
     from actors.worker import Worker
+
+
+class Asked(NamedTuple):
+    """What one call is about, in one argument: Ray packs every argument by itself, which costs the driver more than the packing."""
+
+    method: str
+    counts: tuple[int, ...]
+    """How many items belong to each list argument, in order."""
+    common: dict[str, Any]
+    held: tuple[str, ...]
+    """Names of the common arguments that follow among the items."""
 
 
 class RayRank:
@@ -56,20 +67,19 @@ class RayRank:
         self.role = role(config, checkpoint, spec)
         self.doing = ("", time.time())
 
-    def call(self, method: str, counts: Sequence[int], common: dict[str, Any], held: Sequence[str], *items: Any) -> Any:
+    def call(self, asked: Asked, *items: Any) -> Any:
         """Run one method of the role. The first returned value only says that the call went well; the rest are its results.
 
         Args:
-            counts: how many of `items` belong to each list argument, in order.
-            held: names of the common arguments that follow in `items` (references, resolved by Ray).
+            items: the pieces of each list argument, then the common arguments that are references, resolved by Ray.
         """
-        self.doing = (method, time.time())
+        self.doing = (asked.method, time.time())
         try:
             arguments, rest = [], list(items)
-            for count in counts:
+            for count in asked.counts:
                 arguments.append(rest[:count])
                 rest = rest[count:]
-            result = getattr(self.role, method)(*arguments, **common, **dict(zip(held, rest, strict=True)))
+            result = getattr(self.role, asked.method)(*arguments, **asked.common, **dict(zip(asked.held, rest, strict=True)))
             return (None, *result) if isinstance(result, list) else (None, result)
         finally:
             give_back_freed_memory()  # other roles on this machine need it for their own passes
