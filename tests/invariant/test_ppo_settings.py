@@ -68,7 +68,8 @@ def unchanged(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 def test_every_leaf_of_the_ppo_section_is_flipped() -> None:
-    assert set(BASE) == set(FLIPPED) == set(configuration.leaves(PPO))
+    unseen = {"waves"}  # changes no result: test_waves.py
+    assert set(BASE) == set(FLIPPED) == set(configuration.leaves(PPO)) - unseen
 
 
 def same(one: tuple, other: tuple) -> bool:
