@@ -109,28 +109,6 @@ def test_a_sample_does_not_depend_on_its_batch_and_each_part_of_its_key_gives_an
     assert all(other != first for other in others)
 
 
-def test_replies_that_were_begun_before_they_were_asked_for_are_those_of_one_call(pair: Pair) -> None:
-    pair.sync(15)
-    asked = prompts()
-    together = pair.vllm.generate(asked, SAMPLED)
-    first, *later = asked.split(8)
-    pair.vllm.expect(asked, SAMPLED)
-    found = [pair.vllm.generate(part, SAMPLED) for part in (first, *later)]
-    assert [reply for part in found for reply in replies(part)] == replies(together)
-    assert not pair.vllm.expected and not pair.vllm.done
-
-
-def test_replies_that_nobody_came_for_go_with_their_weights(pair: Pair) -> None:
-    asked = prompts()
-    pair.vllm.expect(asked, GREEDY)
-    pair.vllm.generate(asked.select([0]).trimmed(), GREEDY)
-    pair.change(16)
-    pair.sync(16)
-    found = pair.vllm.generate(asked, GREEDY)
-    assert replies(found) == replies(pair.plain.generate(asked, GREEDY))
-    assert set(found.version.tolist()) == {16} and not pair.vllm.llm.has_unfinished_requests()
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_the_policys_at_the_sampling_temperature(pair: Pair, temperature: float) -> None:
     pair.sync(20)
@@ -179,3 +157,25 @@ def test_a_checkpoint_takes_the_place_of_the_weights(pair: Pair, tmp_path: Path)
     pair.vllm.reload(str(tmp_path))
     found = pair.vllm.generate(prompts(), GREEDY)
     assert replies(found) == wanted and found.version.unique().tolist() == [0]
+
+
+def test_replies_that_were_begun_before_they_were_asked_for_are_those_of_one_call(pair: Pair) -> None:
+    pair.sync(15)
+    asked = prompts()
+    together = pair.vllm.generate(asked, SAMPLED)
+    first, *later = asked.split(8)
+    pair.vllm.expect(asked, SAMPLED)
+    found = [pair.vllm.generate(part, SAMPLED) for part in (first, *later)]
+    assert [reply for part in found for reply in replies(part)] == replies(together)
+    assert not pair.vllm.expected and not pair.vllm.done
+
+
+def test_replies_that_nobody_came_for_go_with_their_weights(pair: Pair) -> None:
+    asked = prompts()
+    pair.vllm.expect(asked, GREEDY)
+    pair.vllm.generate(asked.select([0]).trimmed(), GREEDY)
+    pair.change(16)
+    pair.sync(16)
+    found = pair.vllm.generate(asked, GREEDY)
+    assert replies(found) == replies(pair.plain.generate(asked, GREEDY))
+    assert set(found.version.tolist()) == {16} and not pair.vllm.llm.has_unfinished_requests()

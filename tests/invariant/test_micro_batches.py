@@ -98,7 +98,7 @@ def critic_updated(folders: dict[str, str], size: Size) -> Updated:
 def task_updated(task: LanguageTask | PreferenceTask, rows: Dialogues | Comparisons, size: Size) -> Updated:
     engine = make_engine(task.config, task.module(), SGD)
     before = {name: tensor.clone() for name, tensor in engine.weights().items()}
-    norm = optimizer_step(engine, task.loss(engine, rows), limit(task.config.engine), RATE)
+    norm = optimizer_step(engine, task.loss(engine, rows), limit(task.config.engine, engine), RATE)
     after = {name: tensor.clone() for name, tensor in engine.weights().items()}
     assert moved(before, after) > 1e-4
     return after, {"grad_norm": norm}
@@ -192,11 +192,11 @@ def test_ptx_0_is_plain_ppo_bit_by_bit_whether_or_not_there_is_text(folders: dic
     tokens = float(rows.mask.sum())
 
     def plain(piece: Experience) -> Tensor:
-        logprobs, _ = engine(piece.tokens, piece.mask, 1.0)
+        logprobs, _ = engine(piece.tokens, piece.mask, 1.0, piece.lengths)
         return policy_loss(logprobs, piece.old_logprobs, piece.advantages, piece.mask, 0.2, tokens).loss
 
     engine.train(False)
-    optimizer_step(engine, [(plain, rows)], Limit(4), RATE)
+    optimizer_step(engine, [(plain, rows)], Limit(4, padded=False), RATE)
     assert moved(found[0][0], engine.weights()) == 0.0
     assert moved(found[0][0], policy_updated(folders, 4, ptx=1e-3)[0]) > 0.0
 

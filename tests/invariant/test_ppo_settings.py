@@ -125,8 +125,8 @@ def test_the_samples_of_a_prompt_differ_and_come_next_to_each_other(start: Path,
     seen: list[Rollouts] = []
     sample = Rollout.generate
 
-    def generate(self: Rollout, pieces: list[Prompts], sampling: Sampling) -> list[Rollouts]:
-        found = sample(self, pieces, sampling)
+    def generate(self: Rollout, pieces: list[Prompts], coming: list[Prompts], sampling: Sampling, first: bool) -> list[Rollouts]:
+        found = sample(self, pieces, coming, sampling, first)
         seen.extend(found)
         return found
 
