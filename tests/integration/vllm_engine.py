@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors import rollout_vllm
 from actors.batch import Prompts, Rollouts, pad_rows
 from actors.models import LanguageModel, load_causal_lm, new_causal_lm, save_model
 from actors.rollout_transformers import TransformersEngine
@@ -22,6 +23,7 @@ from actors.weights import grouped, plain_weights
 from orchestration import config as configuration
 from tests.fakes import floats
 
+rollout_vllm.PASS_TOKENS = 64  # the models' context: eight prompts at once need several passes
 VOCABULARY, END, PAD = 120, 1, 0
 GREEDY, SAMPLED = Sampling(0.0, 12, 0, 0), Sampling(1.0, 12, 3, 5)
 SYNCS = 10
@@ -107,6 +109,13 @@ def test_a_sample_does_not_depend_on_its_batch_and_each_part_of_its_key_gives_an
     for sampling in (Sampling(1.0, 12, 4, 5), Sampling(1.0, 12, 3, 6)):
         others += replies(pair.vllm.generate(row.select([0]), sampling))
     assert all(other != first for other in others)
+
+
+def test_prompts_of_more_tokens_than_a_pass_holds_are_read_in_several(pair: Pair) -> None:
+    tokens = torch.randint(2, VOCABULARY, (20, 30), generator=torch.Generator().manual_seed(0))
+    asked = Prompts(tokens, torch.full((20,), 30), torch.tensor([[n, 0] for n in range(20)]))
+    together = replies(pair.vllm.generate(asked, SAMPLED))
+    assert [replies(pair.vllm.generate(asked.select([n]), SAMPLED))[0] for n in range(20)] == together
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
