@@ -101,7 +101,9 @@ def main() -> None:
     asked_for, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         path = asked_for.checkpoint and str(Path(asked_for.checkpoint).resolve())
-        config = configuration.load(["scale=tiny", "ppo.max_new_tokens=64", f"rollout={asked_for.engine}", f"run_dir={folder}/run", *words])
+        config = configuration.load(
+            ["scale=tiny", "placement=cpu", "ppo.max_new_tokens=64", f"rollout={asked_for.engine}", f"run_dir={folder}/run", *words]
+        )
         torch.set_num_threads(config.placement.rollout.threads)
         if not path:
             path = f"{folder}/lm"
