@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Asked(NamedTuple):
-    """What one call is about, in one argument: Ray packs every argument by itself, which costs the driver more than the packing."""
+    """What one call is about, in one argument, since Ray packs every argument by itself."""
 
     method: str
     counts: tuple[int, ...]

@@ -7,6 +7,7 @@
     then policy.send_weights -> rollout.receive_weights, and a commit every `commit.every` steps
 
     ahead    with `ppo.staleness` the engines are asked for the next batches before this one is learned from
+    waves    with `ppo.waves` a part of the batch is scored while the next is sampled
     watch    checks of each step's samples and of the first update, illnesses, the curve of the held-out judge
     guard    above the KL budget: stop with the weights before, or go back to a commit and on with a higher beta
 

@@ -117,7 +117,7 @@ def test_ppos_replies_reach_the_ranks_by_their_tokens_and_no_prompt_is_torn(samp
 
     config = with_section(smoke(), "ppo", batch=32, samples_per_prompt=samples, minibatches=1, waves=waves)
     loop = SimpleNamespace(
-        ppo=config.ppo, config=config, prompts=prompts, together=2, timed=lambda *_: None, learners={},
+        ppo=config.ppo, config=config, prompts=prompts, together=2, timed=lambda *_: None,
         runtime=SimpleNamespace(put=lambda items: Pieces(items, []), get=lambda pieces, what: pieces.items),
         roles=SimpleNamespace(
             rollout=SimpleNamespace(generate=generate, token_counts=counts, group=SimpleNamespace(size=2)),
