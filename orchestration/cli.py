@@ -69,8 +69,9 @@ def _run(words: Sequence[str]) -> None:
 
     config = configuration.load(words)
     _quiet()
-    from orchestration import recipe, report
+    from orchestration import recipe, report, stopping
 
+    stopping.listen()
     recipe.run(config)
     report.show(Path(config.run_dir), config.evaluate.conversations, config.seed)
     if (Path(config.run_dir) / "round_01" / "ppo" / "checkpoint").exists():

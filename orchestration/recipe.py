@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import STAGES, Config
-from orchestration import preflight, reward_sources
+from orchestration import preflight, reward_sources, stopping
 from orchestration.config import as_dict, as_yaml
 from orchestration.data.source import open_source
 from orchestration.errors import RequestError
@@ -82,19 +82,43 @@ def run(config: Config) -> dict[str, Any]:
     began = time.monotonic()
     memory = PeakMemory()
     memory.start()
-    directory = RunDirectory(Path(config.run_dir), config.commit.keep)
-    shared = Shared(config, open_source(config), connect, evaluate.exact_grades(config))
-    wanted = stages_of(config) if config.stage == "all" else (config.stage,)
-    to_run = check(config, directory, shared, wanted)
+    directory, shared, wanted = _surroundings(config)
     with ExitStack() as ending:
         ending.callback(shared.close)
-        preflight.check(config, to_run, lambda: shared.runtime, shared.say)
+        examine(config, directory, shared, wanted)
         prepare(config, directory)
         metrics = Metrics(config)
         shared.say = metrics.say
         ending.callback(metrics.close)
         ran = [name for name in wanted if _run_stage(name, config, directory, shared, metrics)]
     return summarise(directory, time.monotonic() - began if ran else 0.0, memory.stop(), shared.report)
+
+
+def rehearse(config: Config, say: Callable[[str], None]) -> list[str]:
+    """All that `run` checks before it starts, and nothing more; returns the stages that would run.
+
+    Raises:
+        RequestError: `run` would refuse it.
+        RunError: there is no cluster at `ray.address`.
+    """
+    directory, shared, wanted = _surroundings(config)
+    shared.say = say
+    with ExitStack() as ending:
+        ending.callback(shared.close)
+        return examine(config, directory, shared, wanted)
+
+
+def _surroundings(config: Config) -> tuple[RunDirectory, Shared, tuple[str, ...]]:
+    shared = Shared(config, open_source(config), connect, evaluate.exact_grades(config))
+    wanted = stages_of(config) if config.stage == "all" else (config.stage,)
+    return RunDirectory(Path(config.run_dir), config.commit.keep), shared, wanted
+
+
+def examine(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> list[str]:
+    """What is wrong with the request, and then whether the cluster can hold it; returns the stages that are not complete."""
+    to_run = check(config, directory, shared, wanted)
+    preflight.check(config, to_run, lambda: shared.runtime, shared.say)
+    return to_run
 
 
 def check(config: Config, directory: RunDirectory, shared: Shared, wanted: Sequence[str]) -> list[str]:
@@ -196,6 +220,7 @@ def _run_stage(name: str, config: Config, directory: RunDirectory, shared: Share
     seconds = time.monotonic() - began
     directory.complete(name, mine, result | {"seconds": seconds})
     metrics.say(f"{name}: done in {seconds:.0f} s")
+    stopping.between_stages()
     return True
 
 

@@ -29,6 +29,9 @@ class Session:
     def resume(self) -> tuple[int, Path, dict[str, Any]] | None:
         return self.after.point if self.after else None
 
+    def stop_asked(self) -> bool:
+        return False
+
     def export(self, save: Any) -> None:
         self.folder.mkdir()
         save(self.folder)

@@ -11,6 +11,7 @@ import psutil
 import ray
 
 from conf.schema import Config
+from orchestration import stopping
 from orchestration.errors import RunError
 
 START_TRIES = 3
@@ -45,6 +46,8 @@ def connect(config: Config, scratch: str) -> bool:
         return True
     except (ConnectionError, RuntimeError, ValueError) as cause:
         raise RunError(f"ray.address={config.ray.address}: no Ray cluster there ({' '.join(str(cause).split())[:200]})") from cause
+    finally:
+        stopping.listen_still()
 
 
 def start_cluster(config: Config, scratch: str) -> None:

@@ -19,10 +19,13 @@ import torch.distributed as dist
 from actors.trainer import Task, train
 from actors.worker import process_group_of_one
 from conf.schema import Config
+from orchestration import stopping
 from orchestration.errors import RunError
 from orchestration.run_directory import StageDirectory, sealed
 
 POLL_SECONDS = 0.5
+STOP = "stop"
+"""A file in the stage's folder by which the driver tells rank 0 that the run was asked to stop."""
 
 
 @dataclass
@@ -56,6 +59,9 @@ class DirectorySession:
             return None
         return point.step, point.folder, point.memory
 
+    def stop_asked(self) -> bool:
+        return stopping.asked() or (self.directory.path / STOP).exists()
+
     def export(self, save: Callable[[Path | None], None]) -> None:
         if self.rank == 0:
             self.directory.export(save)
@@ -71,10 +77,22 @@ def run_training(config: Config, task: Task, directory: StageDirectory, watch: C
 
     Raises:
         RunError: a rank failed, or nothing was reported for `deadlines.step` seconds.
+        Stopped: the run was asked to stop, and what was trained is committed.
     """
-    if config.runtime == "local":
-        process_group_of_one()
-        return train(config, task, DirectorySession(0, 1, directory))
+    (directory.path / STOP).unlink(missing_ok=True)
+    with stopping.commits_first():
+        if config.runtime == "local":
+            process_group_of_one()
+            result = train(config, task, DirectorySession(0, 1, directory))
+        else:
+            result = _under_ray_train(config, task, directory, watch)
+    if result is None:
+        point = directory.last()
+        raise stopping.stopped(directory.path.name, point.step if point else 0)
+    return result
+
+
+def _under_ray_train(config: Config, task: Task, directory: StageDirectory, watch: Callable[[], None]) -> dict[str, float] | None:
     outcome: dict[str, Any] = {}
     thread = threading.Thread(target=_fit, args=(config, task, directory, outcome), daemon=True)
     thread.start()
@@ -94,6 +112,8 @@ def _watch(thread: threading.Thread, directory: StageDirectory, config: Config, 
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         watch()
+        if stopping.asked():
+            (directory.path / STOP).touch()
         size = directory.metrics.stat().st_size if directory.metrics.exists() else 0
         if size != seen:
             limit = config.deadlines.step if seen >= 0 else limit
@@ -134,6 +154,7 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
         outcome["error"] = error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        (directory.path / STOP).unlink(missing_ok=True)
 
 
 def _rank(job: dict[str, Any]) -> None:
@@ -147,7 +168,7 @@ def _rank(job: dict[str, Any]) -> None:
     torch.set_num_threads(config.placement.train.threads)
     context = ray.train.get_context()
     result = train(config, job["task"], DirectorySession(context.get_world_rank(), context.get_world_size(), directory))
-    if context.get_world_rank() == 0:
+    if context.get_world_rank() == 0 and result is not None:
         folder = directory.path / "result"
         folder.mkdir(exist_ok=True)
         seal(folder, {"result": result})

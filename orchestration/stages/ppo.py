@@ -4,7 +4,7 @@
                                              +-> reference.logprobs --+-> policy.experience -> policy.update || critic.update
                                              +-> critic.values -------+          |
                                              +-> (policy's own log-probs) -------+
-    then policy.send_weights -> rollout.receive_weights, and a commit every `commit.every` steps
+    then policy.send_weights -> rollout.receive_weights, and a commit every `commit.every` steps, and when the run is asked to stop
 
     ahead    with `ppo.staleness` the engines are asked for the next batches before this one is learned from
     waves    with `ppo.waves` a part of the batch is scored while the next is sampled
@@ -33,7 +33,7 @@ from actors.algorithms.running import Moments
 from actors.batch import Dialogues, Experience, Prompts, Rollouts
 from actors.language_task import step_rows
 from actors.sampling import Sampling
-from orchestration import roles
+from orchestration import roles, stopping
 from orchestration.data.dialogues import Dialogue
 from orchestration.data.fitting import fitting_prompts
 from orchestration.data.text import blocks, validation_and_test
@@ -65,7 +65,8 @@ def run(context: StageContext) -> dict[str, Any]:
     started = roles.start(context.runtime, context.config, checkpoints)
     try:
         rewarding.prepare(started, [*fitting, *judged_on])
-        return Loop(context, started, prompts, judged_on, _pretraining(context), _held_out_text(context)).run() | lost
+        with stopping.commits_first():
+            return Loop(context, started, prompts, judged_on, _pretraining(context), _held_out_text(context)).run() | lost
     finally:
         context.runtime.stop()
 
@@ -131,8 +132,11 @@ class Loop:
             judged = self.judged(step)
             if step == self.ppo.steps:  # the last weights are measured as well: what is exported is what is reported
                 break
-            if (step > start and step % self.config.commit.every == 0) or self.guard.needs_start(step):
+            due = step % self.config.commit.every == 0 or stopping.asked()
+            if (step > start and due) or self.guard.needs_start(step):
                 self.commit(step)  # not before its samples were seen: what is committed is within the KL budget
+            if stopping.asked():
+                raise stopping.stopped("ppo", step)
             figures = figures | self.learn(experience, step)
             self.sync(step + 1)
             checked |= self.watch.updated(figures)

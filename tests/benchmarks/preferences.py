@@ -73,6 +73,9 @@ class Nowhere:
     def resume(self) -> None:
         return None
 
+    def stop_asked(self) -> bool:
+        return False
+
     def export(self, save: Callable[[Path], None]) -> None:
         self.exported = True
 

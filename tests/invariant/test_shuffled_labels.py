@@ -40,6 +40,9 @@ class Alone:
 
     def resume(self) -> None: ...
 
+    def stop_asked(self) -> bool:
+        return False
+
     def export(self, save: Callable[[Path], None]) -> None: ...
 
 
