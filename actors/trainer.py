@@ -43,6 +43,9 @@ class Session(Protocol):
     def resume(self) -> tuple[int, Path, dict[str, Any]] | None:
         """The last resume point: (step, folder, memory)."""
 
+    def stop_asked(self) -> bool:
+        """Whether the run was asked to stop; rank 0's word counts."""
+
     def export(self, save: Callable[[Path | None], None]) -> None:
         """Write the stage's result: every rank calls `save`, rank 0 with a folder, the others with None."""
 
@@ -89,8 +92,9 @@ def cosine(peak: float, step: int, warmup: int, steps: int) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(config: Config, task: Task, session: Session) -> dict[str, float]:
-    """Run the task to its held-out optimum and export the best weights. Returns the result's figures (the same on every rank)."""
+def train(config: Config, task: Task, session: Session) -> dict[str, float] | None:
+    """Run the task to its held-out optimum and export the best weights. Returns the result's figures (the same on every rank), or None: it
+    was asked to stop, and committed."""
     s = task.settings
     engine = make_engine(config, task.module(), Optimizer(s.lr, s.weight_decay, s.max_grad_norm))
     progress, best, start = _resumed(engine, session)
@@ -105,8 +109,11 @@ def train(config: Config, task: Task, session: Session) -> dict[str, float]:
         if (step + 1) % s.eval_every == 0 or last:
             best = _measure(task, engine, progress, best, step + 1, figures)
         session.report(step + 1, figures)
-        if (step + 1) % config.commit.every == 0 and not last:
+        stops = not last and _stop_asked(engine, session)
+        if stops or ((step + 1) % config.commit.every == 0 and not last):
             session.commit(step + 1, _saver(engine, best), dict(vars(progress)))
+        if stops:
+            return None
     _restore(engine, best)
     figures, texts = task.finish(engine)
 
@@ -117,6 +124,11 @@ def train(config: Config, task: Task, session: Session) -> dict[str, float]:
 
     session.export(save)
     return prepared | figures | {"steps": float(progress.best_step)}
+
+
+def _stop_asked(engine: Engine, session: Session) -> bool:
+    """The same answer on every rank, since all of them commit or none."""
+    return bool(engine.sum_over_ranks(torch.tensor(float(session.rank == 0 and session.stop_asked()))))
 
 
 def _step(config: Config, task: Task, engine: Engine, session: Session, step: int) -> dict[str, float]:

@@ -6,6 +6,8 @@
     chatray config experiment=… (the resolved configuration)
     chatray doctor [ray.address=…] [--json] (what this machine or cluster has, and what is wrong with it)
     chatray plan [any.setting=value …] [--json] (does it fit, and where; exit code 1: it does not)
+    chatray submit --address URL [--follow] [--folder DIR] [--secret NAME] run experiment=… (the same as a job of a Ray cluster)
+    chatray jobs [list | status ID | follow ID | stop ID] --address URL
     chatray data show experiment=… [set=demonstrations|held_out|prompts|comparisons|texts] [index=0]
 
 Exit codes: 0 done, 1 the run failed (or would not fit), 2 the request was wrong.
@@ -153,6 +155,20 @@ def _data(words: Sequence[str]) -> None:
     show(config, options["set"], index)
 
 
+def _submit(words: Sequence[str]) -> None:
+    from orchestration.jobs.submit import submit
+    from orchestration.jobs.words import submission
+
+    submit(submission(words))
+
+
+def _jobs(words: Sequence[str]) -> None:
+    from orchestration.jobs.watch import answer
+    from orchestration.jobs.words import ask
+
+    answer(ask(words))
+
+
 def _whole(options: dict[str, str], name: str) -> int:
     if not options[name].isdigit():
         raise RequestError(f"{name}={options[name]}: not a whole number")
@@ -195,6 +211,7 @@ def _quiet() -> None:
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data,
+    "submit": _submit, "jobs": _jobs,
 }  # fmt: skip
 
 if __name__ == "__main__":

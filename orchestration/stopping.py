@@ -1,7 +1,7 @@
 """A run that is asked to stop: SIGTERM, as `ray job stop`, `chatray jobs stop`, Kubernetes and Slurm send it.
 
-A stage that can commit finishes its step, commits and ends with `Stopped`. All else ends at once, as by Ctrl-C: nothing of it could be kept.
-A second SIGTERM does not wait for the commit.
+A stage that can commit finishes its step, commits and ends with `Stopped`. All else ends at once, as by Ctrl-C: nothing of it could be
+kept. A second SIGTERM does not wait for the commit.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ CONFINED = {
     "deepspeed": ["actors/engine.py"],
     "hydra": ["orchestration/config.py"],
     "omegaconf": ["orchestration/config.py"],
-    "ray": ["orchestration/runtime/"],
+    "ray": ["orchestration/runtime/", "orchestration/jobs/client.py"],
+    "ray.job_submission": ["orchestration/jobs/client.py"],
     "vllm": ["actors/rollout_vllm.py"],
 }
 """Each package, and the files or folders that may import it."""

@@ -1,0 +1,141 @@
+"""Jobs on a real cluster of two nodes with token authentication, started by `cluster/local_cluster.sh`.
+
+On the nodes' own path stand packages of chatray's names that cannot be imported, and the submitter stands in a folder with such packages:
+what runs came with the job.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT_SECONDS
+from local_cluster import SECRET, LocalCluster, broken_packages, free_ports, local_cluster
+
+from orchestration.run_directory import RunDirectory, read_records
+
+pytestmark = pytest.mark.ray
+
+STEPS = 40
+PPO = ("experiment=smoke", "stage=ppo", f"ppo.steps={STEPS}", "commit.every=1000")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with local_cluster() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A submitter's folder: with packages of chatray's names, which no job may get to see."""
+    return broken_packages(tmp_path_factory.mktemp("submitter"))
+
+
+def jobs_of(cluster: LocalCluster, cwd: Path) -> str:
+    return cluster.chatray("jobs", "list", cwd=cwd).stdout
+
+
+def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, smoke_run: Path, elsewhere: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    words = ("submit", "--folder", str(tmp_path), "--secret", "FILE_SECRET", "--follow", "run", *PPO, "run_dir=run")
+    follower = cluster.start(*words, "from=ppo", cwd=elsewhere)
+    job, resume = _until_it_learns(follower, run)
+    follower.send_signal(signal.SIGINT)
+    said = follower.communicate(timeout=60)[0]
+    assert follower.returncode == 0 and f"chatray jobs follow {job}" in said, said
+
+    again = cluster.chatray(*words, cwd=elsewhere)
+    assert again.returncode == 2 and f"job {job} is at work there" in again.stderr, again.stderr
+
+    stopped = cluster.chatray("jobs", "stop", job, cwd=elsewhere)
+    assert stopped.returncode == 0 and f"{job}: STOPPED" in stopped.stdout, stopped.stdout + stopped.stderr
+    stage = RunDirectory(run, 1).stage("ppo")
+    point, records = stage.last(), read_records(stage.metrics)
+    assert point and 0 < point.step < STEPS
+    assert [record["step"] for record in records] == list(range(1, point.step + 1)), "a step was done and not committed"
+    assert f"step {point.step} is committed" in stopped.stdout
+
+    assert "from=" not in resume and resume in stopped.stdout
+    done = cluster.chatray(*shlex.split(resume)[1:2], "--follow", *shlex.split(resume)[2:], cwd=elsewhere)
+    assert done.returncode == 0 and "SUCCEEDED" in done.stdout, done.stdout + done.stderr
+    assert [record["step"] for record in read_records(stage.metrics)] == list(range(1, STEPS + 1))
+    _check_journal(run, job)
+    status = cluster.chatray("jobs", "status", job, cwd=elsewhere).stdout
+    assert "STOPPED" in status and '"torch"' in status and "sha256" in status
+    listed = jobs_of(cluster, elsewhere)
+    assert "STOPPED" in listed and "SUCCEEDED" in listed and "check" not in listed
+    _check_that_nothing_shows_the_secret(cluster, run, said + status + listed + done.stdout)
+
+
+def _until_it_learns(follower: subprocess.Popen[str], run: Path) -> tuple[str, str]:
+    """(the job's id, the command that goes on with it), once the followed log says that PPO has begun and a step is done."""
+    assert follower.stdout
+    seen = ""
+    for line in follower.stdout:
+        seen += line
+        if line.startswith("  ppo 1/"):
+            break
+    found = re.search(r"^submitted (\S+):.*\n.*\n.*\n  resume   (.*)$", seen, re.MULTILINE)
+    assert found and read_records(run / "round_01/ppo/metrics.jsonl"), seen
+    return found[1], found[2]
+
+
+def _check_journal(run: Path, job: str) -> None:
+    lines = [json.loads(line) for line in (run / "jobs.jsonl").read_text().splitlines()]
+    assert [line["job"] for line in lines] == [job, f"{job.rpartition('-')[0]}-2"]
+    assert lines[0]["code"]["sha256"] == lines[1]["code"]["sha256"]
+    assert {"python", "ray", "torch", "transformers", "deepspeed", "chatray"} <= lines[0]["versions"].keys()
+
+
+def _check_that_nothing_shows_the_secret(cluster: LocalCluster, run: Path, printed: str) -> None:
+    logs = [file for file in (cluster.folder / "ray").rglob("*") if file.is_file() and not file.is_symlink()]
+    assert logs
+    files = [*logs, *(file for file in run.rglob("*") if file.is_file())]
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
+    assert SECRET not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("placement.rollout.cpus=50",), r"stage compare needs 50 CPUs.*the cluster has 2 node\(s\) with 8 CPUs.*more than any node has"),
+        (("data=files", "data.path=not/there", "data.mix=[{format: messages}]"), r"data\.path=.*/not/there.*"),
+    ],
+    ids=["a cluster too small", "a missing file"],
+)  # fmt: skip
+def test_what_the_cluster_refuses_is_not_submitted(
+    cluster: LocalCluster, elsewhere: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    before = jobs_of(cluster, elsewhere)
+    done = cluster.chatray("submit", "--folder", str(tmp_path), "run", "experiment=smoke", *words, cwd=elsewhere)
+    assert done.returncode == 2 and re.search(said, done.stderr), done.stderr
+    assert "nothing was submitted" in done.stderr and "submitted" not in done.stdout
+    assert jobs_of(cluster, elsewhere) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_address_and_a_wrong_token_end_at_once(cluster: LocalCluster, elsewhere: Path) -> None:
+    began = time.monotonic()
+    (closed,) = free_ports(1)
+    nobody = cluster.chatray("jobs", "list", "--address", f"127.0.0.1:{closed}", cwd=elsewhere)
+    assert nobody.returncode == 2 and f"--address http://127.0.0.1:{closed}: nothing answers there" in nobody.stderr, nobody.stderr
+    wrong = cluster.chatray("submit", "run", "experiment=smoke", cwd=elsewhere, RAY_AUTH_TOKEN="0123" * 16)
+    assert wrong.returncode == 2 and "the one that was sent is not the cluster's" in wrong.stderr, wrong.stderr
+    assert "0123" not in wrong.stderr
+    none = cluster.chatray("submit", "run", "experiment=smoke", cwd=elsewhere, RAY_AUTH_MODE="disabled")
+    assert none.returncode == 2 and "wants a token, and none was sent" in none.stderr, none.stderr
+    assert time.monotonic() - began < LIMIT_SECONDS
+
+
+def test_a_job_that_is_not_there_is_named(cluster: LocalCluster, elsewhere: Path) -> None:
+    done = cluster.chatray("jobs", "stop", "nobody-1", cwd=elsewhere)
+    assert done.returncode == 2 and "job nobody-1: not known at" in done.stderr
