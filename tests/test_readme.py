@@ -61,7 +61,10 @@ def stood_in(word: str, folders: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize(("document", "command"), chatray_commands())
-def test_every_command_parses(document: str, command: str, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_every_command_parses(
+    document: str, command: str, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHATRAY_ADDRESS", "http://127.0.0.1:1")
     _, verb, *words = shlex.split(command, comments=True)
     assert verb in cli.VERBS, f"{document}: {command}"
     if verb == "data":

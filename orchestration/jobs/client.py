@@ -23,6 +23,8 @@ CONNECT_SECONDS = 5.0
 """How long the address may take to accept a connection; Ray's own client would wait for minutes."""
 OVERRULING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables by which Ray's client would overrule the address that it is given."""
+CHATTING = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Loggers that would say what is uploaded and how a connection was closed."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -54,7 +56,8 @@ class Jobs:
         _reach(address)
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # it would say what it uploads
+        for name in CHATTING:
+            logging.getLogger(name).setLevel(logging.WARNING)
         kept = {name: os.environ.pop(name) for name in OVERRULING if name in os.environ}
         try:
             with _refusals(address):

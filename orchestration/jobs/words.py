@@ -70,7 +70,7 @@ def submission(words: Sequence[str]) -> Submission:
     """
     found = _options(words, with_value=("--address", "--folder", "--secret"), flags=("--follow",))
     mistakes, verb, settings = found.mistakes, found.rest[:1], tuple(found.rest[1:])
-    if verb != ["run"]:
+    if verb != ["run"] and not mistakes:
         mistakes.append(
             f"submit {' '.join(verb)}: after its options comes what is to be run: chatray submit --address URL run experiment=…"
         )
@@ -107,16 +107,15 @@ def ask(words: Sequence[str]) -> Ask:
     verb, *more = named or ["list"]
     mistakes = found.mistakes
     if verb not in ASKS:
-        mistakes.append(f"jobs {verb}: no such command; did you mean {nearest(verb, ASKS)[0]}? There are {', '.join(ASKS)}")
-        more = more[:1]
-    needed = int(verb != "list")
-    mistakes += [f"jobs {verb} {word}: no such option" for word in more[needed:]]
-    if verb in ASKS and len(more) < needed:
+        raise RequestError([*mistakes, f"jobs {verb}: no such command; did you mean {nearest(verb, ASKS)[0]}? There are {', '.join(ASKS)}"])
+    identifiers = [word for word in more if "=" not in word][: int(verb != "list")]
+    mistakes += [f"jobs {verb} {word}: no such option" for word in more if word not in identifiers]
+    if verb != "list" and not identifiers and not mistakes:
         mistakes.append(f"jobs {verb}: needs the id of a job; chatray jobs list shows them")
     address = _address(found) if not mistakes else ""
     if mistakes:
         raise RequestError(mistakes)
-    return Ask(address, verb, more[0] if needed else "")
+    return Ask(address, verb, *identifiers)
 
 
 def _wrong_names(found: _Options) -> list[str]:

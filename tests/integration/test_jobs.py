@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import LIMIT_SECONDS
 from local_cluster import SECRET, LocalCluster, broken_packages, free_ports, local_cluster
@@ -24,7 +25,7 @@ from orchestration.run_directory import RunDirectory, read_records
 
 pytestmark = pytest.mark.ray
 
-STEPS = 40
+STEPS = 8
 PPO = ("experiment=smoke", "stage=ppo", f"ppo.steps={STEPS}", "commit.every=1000")
 
 
@@ -49,6 +50,8 @@ def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, smoke_run: 
     words = ("submit", "--folder", str(tmp_path), "--secret", "FILE_SECRET", "--follow", "run", *PPO, "run_dir=run")
     follower = cluster.start(*words, "from=ppo", cwd=elsewhere)
     job, resume = _until_it_learns(follower, run)
+    driver = _driver(run.parent)
+    driver.suspend()  # it would come to its end while this test looks at it
     follower.send_signal(signal.SIGINT)
     said = follower.communicate(timeout=60)[0]
     assert follower.returncode == 0 and f"chatray jobs follow {job}" in said, said
@@ -56,15 +59,18 @@ def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, smoke_run: 
     again = cluster.chatray(*words, cwd=elsewhere)
     assert again.returncode == 2 and f"job {job} is at work there" in again.stderr, again.stderr
 
-    stopped = cluster.chatray("jobs", "stop", job, cwd=elsewhere)
-    assert stopped.returncode == 0 and f"{job}: STOPPED" in stopped.stdout, stopped.stdout + stopped.stderr
+    stopping = cluster.start("jobs", "stop", job, cwd=elsewhere)
+    _until_asked_to_stop(driver)
+    driver.resume()
+    stopped = stopping.communicate(timeout=LIMIT_SECONDS)[0]
+    assert stopping.returncode == 0 and f"{job}: STOPPED" in stopped, stopped
     stage = RunDirectory(run, 1).stage("ppo")
     point, records = stage.last(), read_records(stage.metrics)
     assert point and 0 < point.step < STEPS
     assert [record["step"] for record in records] == list(range(1, point.step + 1)), "a step was done and not committed"
-    assert f"step {point.step} is committed" in stopped.stdout
+    assert f"step {point.step} is committed" in stopped
 
-    assert "from=" not in resume and resume in stopped.stdout
+    assert "from=" not in resume and resume in stopped
     done = cluster.chatray(*shlex.split(resume)[1:2], "--follow", *shlex.split(resume)[2:], cwd=elsewhere)
     assert done.returncode == 0 and "SUCCEEDED" in done.stdout, done.stdout + done.stderr
     assert [record["step"] for record in read_records(stage.metrics)] == list(range(1, STEPS + 1))
@@ -89,6 +95,27 @@ def _until_it_learns(follower: subprocess.Popen[str], run: Path) -> tuple[str, s
     return found[1], found[2]
 
 
+def _driver(folder: Path) -> psutil.Process:
+    """The driver of the job that works in this folder."""
+    (found,) = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"orchestration.on_cluster", "run", str(folder)} <= set(process.info["cmdline"] or ())
+    ]
+    return found
+
+
+def _until_asked_to_stop(driver: psutil.Process) -> None:
+    """Until the suspended driver has a SIGTERM waiting for it."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline:
+        (pending,) = re.findall(r"^ShdPnd:\t(\w+)$", Path(f"/proc/{driver.pid}/status").read_text(), re.MULTILINE)
+        if int(pending, 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the driver was not asked to stop")
+
+
 def _check_journal(run: Path, job: str) -> None:
     lines = [json.loads(line) for line in (run / "jobs.jsonl").read_text().splitlines()]
     assert [line["job"] for line in lines] == [job, f"{job.rpartition('-')[0]}-2"]
@@ -107,8 +134,8 @@ def _check_that_nothing_shows_the_secret(cluster: LocalCluster, run: Path, print
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("placement.rollout.cpus=50",), r"stage compare needs 50 CPUs.*the cluster has 2 node\(s\) with 8 CPUs.*more than any node has"),
-        (("data=files", "data.path=not/there", "data.mix=[{format: messages}]"), r"data\.path=.*/not/there.*"),
+        (("experiment=smoke", "placement.rollout.cpus=50"), r"stage compare needs 50 CPUs.*has 2 node\(s\) with 8 CPUs.*than any node has"),
+        (("experiment=taskmaster_coffee", "data.path=not/there"), r"data\.path=\S*/not/there"),
     ],
     ids=["a cluster too small", "a missing file"],
 )  # fmt: skip
@@ -116,7 +143,7 @@ def test_what_the_cluster_refuses_is_not_submitted(
     cluster: LocalCluster, elsewhere: Path, tmp_path: Path, words: tuple[str, ...], said: str
 ) -> None:
     before = jobs_of(cluster, elsewhere)
-    done = cluster.chatray("submit", "--folder", str(tmp_path), "run", "experiment=smoke", *words, cwd=elsewhere)
+    done = cluster.chatray("submit", "--folder", str(tmp_path), "run", *words, cwd=elsewhere)
     assert done.returncode == 2 and re.search(said, done.stderr), done.stderr
     assert "nothing was submitted" in done.stderr and "submitted" not in done.stdout
     assert jobs_of(cluster, elsewhere) == before
