@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -26,7 +25,7 @@ from orchestration.run_directory import RunDirectory, read_records
 pytestmark = pytest.mark.ray
 
 STEPS = 8
-PPO = ("experiment=smoke", "stage=ppo", f"ppo.steps={STEPS}", "commit.every=1000")
+SHORT = ("experiment=smoke", f"ppo.steps={STEPS}", "commit.every=1000", "run_dir=run")
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,10 @@ def jobs_of(cluster: LocalCluster, cwd: Path) -> str:
     return cluster.chatray("jobs", "list", cwd=cwd).stdout
 
 
-def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, smoke_run: Path, elsewhere: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
-    words = ("submit", "--folder", str(tmp_path), "--secret", "FILE_SECRET", "--follow", "run", *PPO, "run_dir=run")
-    follower = cluster.start(*words, "from=ppo", cwd=elsewhere)
+def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, elsewhere: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("submit", "--folder", str(tmp_path), "--secret", "FILE_SECRET", "--follow", "run", *SHORT)
+    follower = cluster.start(*words, "from=sft", cwd=elsewhere)
     job, resume = _until_it_learns(follower, run)
     driver = _driver(run.parent)
     driver.suspend()  # it would come to its end while this test looks at it
@@ -74,6 +73,7 @@ def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, smoke_run: 
     done = cluster.chatray(*shlex.split(resume)[1:2], "--follow", *shlex.split(resume)[2:], cwd=elsewhere)
     assert done.returncode == 0 and "SUCCEEDED" in done.stdout, done.stdout + done.stderr
     assert [record["step"] for record in read_records(stage.metrics)] == list(range(1, STEPS + 1))
+    assert done.stdout.count("complete, skipped") == 3 and (run / "summary.json").is_file()
     _check_journal(run, job)
     status = cluster.chatray("jobs", "status", job, cwd=elsewhere).stdout
     assert "STOPPED" in status and '"torch"' in status and "sha256" in status
