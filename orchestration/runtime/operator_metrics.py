@@ -35,7 +35,8 @@ GAUGES = {
 """Figures of a step that are exported as they are: figure -> name and description. Those that a stage does not have are left out."""
 TOKENS = ("chatray_tokens_total", "Tokens worked on")
 PHASES = ("chatray_phase_seconds", "How long phases of a step take, as the driver waits for them; the phase `step` is the whole")
-WAITED = ("chatray_phase_waited_seconds_total", "Seconds of each phase in all: the sum that Ray 2.60 exports of a histogram is of its buckets")
+WAITED = ("chatray_phase_waited_seconds_total", "Seconds of each phase in all")
+"""Besides `PHASES`: the sum that Ray 2.60 exports with a histogram is of its buckets' bounds, not of what was observed."""
 CALL_SECONDS = ("chatray_call_seconds_total", "Seconds that ranks of a role spent in a call")
 CALLS = ("chatray_calls_total", "Calls that ranks of a role have done")
 REPEAT_SECONDS = 1.0

@@ -39,12 +39,13 @@ def test_roles_of_one_process_each_write_their_own_and_results_stay(start: Path,
     files = traces(tmp_path / "traced")
     assert {file.parent.name for file in files} == {"step_000001", "step_000003"}
     assert {file.name.split("_")[0] for file in files} == {"policy", "critic", "reward"}
-    (update,) = [file for file in files if file.parent.name == "step_000003" and file.name.endswith("_update.json.gz") and "critic" in file.name]
+    (update,) = (tmp_path / "traced" / "profile" / "ppo" / "step_000003").glob("critic_*_update.json.gz")
     assert names(update) & {"aten::addmm", "aten::mm", "aten::linear"}
 
 
 def test_training_ranks_write_traces_and_the_message_says_where(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ["experiment=smoke", "runtime=local", "stage=sft", "data.demonstrations=64", f"run_dir={tmp_path}", "sft.steps=3", "sft.batch=4"]
+    words = ["experiment=smoke", "runtime=local", "stage=sft", "data.demonstrations=64", f"run_dir={tmp_path}"]
+    words += ["sft.steps=3", "sft.batch=4"]
     recipe.run(configuration.load([*words, "profile.roles=[train]", "profile.steps=[2]"]))
     assert [file.relative_to(tmp_path).as_posix() for file in traces(tmp_path)] == [
         "profile/sft/step_000002/train_rank_0_call_01_step.json.gz"
