@@ -207,6 +207,9 @@ def test_clusters_keep_the_token_the_head_and_the_memory(kind: str) -> None:
     assert spec["authOptions"]["mode"] == "token"
     assert spec["gcsFaultToleranceOptions"]["redisAddress"].split(":")[0] in {found["metadata"]["name"] for found in objects("Service")}
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    grows = bool(spec.get("enableInTreeAutoscaling"))
+    tokens = [group["template"]["spec"]["automountServiceAccountToken"] for group in groups_of(spec)]
+    assert tokens == [grows, *[False] * len(spec["workerGroupSpecs"])]  # Kubernetes' own: the autoscaler alone talks to it
     for group in groups_of(spec):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
@@ -244,6 +247,8 @@ def test_ports_of_a_cluster_are_open_to_itself_alone() -> None:
             assert "ports" in rule or rule["from"] == [ours]
     outside = {port["port"] for rule in policies["chatray-serve"]["ingress"] for port in rule["ports"]}
     assert outside == {8000}
+    (redis,) = policies["chatray-redis"]["ingress"]
+    assert redis["from"][0]["podSelector"]["matchExpressions"][0]["values"] == ["head", "redis-cleanup"]
     operator, monitoring = policies["chatray-inside"]["ingress"][1:]
     assert {port["port"] for port in monitoring["ports"]} & {6379, 10001, 8265} == set()
     assert operator["from"][0]["podSelector"], "the operator, and not its whole namespace"
