@@ -80,6 +80,7 @@ def test_before_the_end_the_driver_is_told_first_and_nothing_stays(slurm: dict[s
     assert list((tmp_path / "home").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_chatray_reaches_the_cluster_of_the_job(slurm: dict[str, str], tmp_path: Path) -> None:
     write(tmp_path / "commands" / "scontrol", "#!/bin/bash\necho one\n")  # Ray would take a second node of this machine for the first
     before = {process.pid for process in psutil.process_iter()}
