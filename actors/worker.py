@@ -15,6 +15,7 @@ from actors.attention import remove_padding
 from actors.compiling import compile_blocks
 from actors.engine import Engine
 from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, write_model
+from actors.profiling import Traces
 from actors.rank import RankSpec as RankSpec
 from actors.rank import off_device
 from actors.routes import Ends, endpoint
@@ -39,6 +40,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self.host = "127.0.0.1"
         self.ends = Ends()
+        self.traces = Traces(config, spec.role, spec.rank)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """On rank 0: open the rendezvous on a port the system picks, and say where (no port is guessed, so none is raced for)."""
@@ -65,6 +67,11 @@ class Worker:
     def load(self) -> None:
         """Build the model from `checkpoint`."""
         raise NotImplementedError
+
+    @off_device
+    def trace(self, stage: str, step: int | None) -> None:
+        """The calls that follow belong to this step (`profile`)."""
+        self.traces.turn_to(stage, step)
 
     @off_device
     def endpoint(self) -> Endpoint:

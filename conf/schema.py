@@ -199,6 +199,24 @@ class Logging(Settings):
 
 
 @dataclass(frozen=True)
+class Profile(Settings):
+    """Traces of torch's profiler in `<run_dir>/profile`; none while `roles` or `steps` is empty. They change no result."""
+
+    roles: tuple[Literal["train", "policy", "critic", "reference", "reward", "rollout"], ...]
+    """Whose ranks write traces; `train`: those of pretraining, SFT and the reward model, all others PPO's."""
+    steps: tuple[Count, ...]
+    """In which steps, as metrics.jsonl numbers them. A traced step takes longer, and a trace grows with what it holds."""
+    shapes: bool
+    """Note the shapes of what each operator was given."""
+    memory: bool
+    """Note what is allocated and freed."""
+
+    def wants(self, role: str, step: int) -> bool:
+        """Whether ranks of this role trace this step."""
+        return role in self.roles and step in self.steps
+
+
+@dataclass(frozen=True)
 class Config(Settings):
     """A whole run."""
 
@@ -259,6 +277,8 @@ class Config(Settings):
     """Waiting."""
     logging: Logging
     """Metrics."""
+    profile: Profile
+    """Traces."""
     ray: Ray
     """The Ray cluster that is run on."""
     cluster: Cluster

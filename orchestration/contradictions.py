@@ -37,6 +37,7 @@ def contradictions(config: Config, reads_data: bool = True) -> Iterable[str]:
     yield from _ppo(config)
     yield from _choices(config)
     yield from _guard(config)
+    yield from _profile(config)
     yield from reward_sources.contradictions(config)
 
 
@@ -315,3 +316,19 @@ def _preferences(config: Config) -> Iterable[str]:
         yield f"data.mix: {', '.join(sorted(held))} hold no comparisons or judgements for stage={config.stage}; add some, or use stage=sft"
     if (rankings or judgements) and config.data.heldout_preferences == 0:
         yield "data.heldout_preferences=0: the reward model is measured on held-out preferences; keep some"
+
+
+def _profile(config: Config) -> Iterable[str]:
+    """Traces that would never be written."""
+    profile = config.profile
+    if bool(profile.roles) != bool(profile.steps):
+        given, other = ("roles", "steps") if profile.roles else ("steps", "roles")
+        yield f"profile.{given}={list(getattr(profile, given))}: without profile.{other} nothing is traced; set both, or neither"
+    for role in profile.roles:
+        if role != "train" and role not in config.roles_of_ppo():
+            yield f"profile.roles: {role} has no ranks of its own in this run; choose from train, {', '.join(config.roles_of_ppo())}"
+        stages = [stage for stage in (("pretrain", "sft", "reward_model") if role == "train" else ("ppo",)) if _runs(config, stage)]
+        longest = max((getattr(config, stage).steps for stage in stages), default=0)
+        if profile.steps and min(profile.steps) > longest:
+            what = f"the {longest} steps of {' and '.join(stages)}" if stages else f"stage={config.stage}, which {role} has no part in"
+            yield f"profile.steps={list(profile.steps)}: none is within {what}; choose another step or role"

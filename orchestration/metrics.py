@@ -1,4 +1,5 @@
-"""Figures on their way to people: live progress on the terminal, Weights & Biases, TensorBoard. The files are the stages' own."""
+"""Figures on their way to people: live progress on the terminal, Weights & Biases, TensorBoard, Prometheus through Ray. The files are
+the stages' own."""
 
 from __future__ import annotations
 
@@ -39,6 +40,7 @@ class Metrics:
         self.first: tuple[int, float] | None = None
         self.figures: dict[str, float] = {}
         self._wandb, self._board = _wandb_run(config), _tensorboard(config)
+        self._operators = _operator_metrics(config)
 
     def _draws(self) -> bool:
         return self.config.logging.progress and sys.stderr.isatty()
@@ -52,6 +54,13 @@ class Metrics:
         """A stage of `total` steps starts."""
         self.stage, self.total, self.first, self.figures = stage, total, None, {}
         self.say(f"[bold]{stage}[/bold]")
+        if self._operators:
+            self._operators.begin(stage, total)
+
+    def restarts(self, stage: str, times: int) -> None:
+        """A stage begins that was begun so many times before and not ended."""
+        if self._operators:
+            self._operators.restarts(stage, times)
 
     def record(self, step: int, figures: dict[str, float]) -> None:
         """Show and send one step's figures."""
@@ -63,6 +72,8 @@ class Metrics:
         if self._board:
             for name, value in figures.items():
                 self._board.add_scalar(f"{self.stage}/{name}", value, step)
+        if self._operators:
+            self._operators.record(step, figures)
         self._show(step)
 
     def _show(self, step: int) -> None:
@@ -91,6 +102,8 @@ class Metrics:
     def close(self) -> None:
         if self.live:
             self.live.stop()
+        if self._operators:
+            self._operators.close()
         if self._wandb:
             self._wandb.finish()
         if self._board:
@@ -126,6 +139,14 @@ def _wandb_run(config: Config) -> Any:
     for stage in ("pretrain", "sft", "reward_model", "ppo"):
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     return run
+
+
+def _operator_metrics(config: Config) -> Any:
+    if config.runtime == "local":
+        return None
+    from orchestration.runtime.operator_metrics import RunMetrics
+
+    return RunMetrics(config.run_dir)
 
 
 def _tensorboard(config: Config) -> Any:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from actors import profiling
 from conf.schema import STAGES, Config
 from orchestration import preflight, reward_sources, stopping
 from orchestration.config import as_dict, as_yaml
@@ -214,12 +215,15 @@ def _run_stage(name: str, config: Config, directory: RunDirectory, shared: Share
     if directory.is_complete(name, mine):
         metrics.say(f"{name}: complete, skipped")
         return False
-    directory.begin(name, mine)
+    restarts = directory.begin(name, mine)
+    metrics.restarts(name, restarts)
     began = time.monotonic()
     result = RUN[name](StageContext(name, config, directory, metrics, shared))
     seconds = time.monotonic() - began
     directory.complete(name, mine, result | {"seconds": seconds})
     metrics.say(f"{name}: done in {seconds:.0f} s")
+    if (traces := directory.path / profiling.FOLDER / name).is_dir():
+        metrics.say(f"  traces of {name}: {traces}; open them in https://ui.perfetto.dev or chrome://tracing")
     stopping.between_stages()
     return True
 

@@ -20,6 +20,7 @@ from actors.sampling import Sampling
 from actors.stream import Endpoint, Route
 from actors.weight_sync import WeightUpdate
 from actors.weights import Weight
+from actors.worker import Worker
 from conf.schema import Config
 from orchestration.runtime.dispatch import Pieces
 from orchestration.runtime.group import Group, RoleRequest, Runtime
@@ -28,10 +29,19 @@ CLASSES = {"policy": Policy, "critic": Critic, "reference": Reference, "reward":
 
 
 @dataclass(frozen=True)
-class PolicyGroup:
-    """The actor."""
+class RoleGroup:
+    """What all roles have."""
 
     group: Group
+
+    def trace(self, stage: str, step: int | None) -> Pieces[None]:
+        """The calls that follow belong to this step; ranks trace it if `profile` asks for it."""
+        return self.group.each(Worker.trace, stage=stage, step=step)
+
+
+@dataclass(frozen=True)
+class PolicyGroup(RoleGroup):
+    """The actor."""
 
     def logprobs(self, rows: Pieces[Rollouts] | Pieces[Dialogues]) -> Pieces[Tensor]:
         return self.group.map(Policy.logprobs, rows)
@@ -86,10 +96,8 @@ class PolicyGroup:
 
 
 @dataclass(frozen=True)
-class CriticGroup:
+class CriticGroup(RoleGroup):
     """The value model."""
-
-    group: Group
 
     def values(self, rollouts: Pieces[Rollouts]) -> Pieces[Tensor]:
         return self.group.map(Critic.values, rollouts)
@@ -105,10 +113,8 @@ class CriticGroup:
 
 
 @dataclass(frozen=True)
-class ReferenceGroup:
+class ReferenceGroup(RoleGroup):
     """The frozen SFT model: ranks of its own, or the policy's with their adapters off."""
-
-    group: Group
 
     def logprobs(self, rows: Pieces[Rollouts] | Pieces[Dialogues], temperature: float) -> Pieces[Tensor]:
         method = Policy.reference_logprobs if self.group.name == "policy" else Reference.logprobs
@@ -116,10 +122,8 @@ class ReferenceGroup:
 
 
 @dataclass(frozen=True)
-class RewardGroup:
+class RewardGroup(RoleGroup):
     """What scores replies: the reward model, or the sources of `ppo.rewards`."""
-
-    group: Group
 
     def prepare(self, texts: Pieces[Texts]) -> Pieces[None]:
         return self.group.each(Reward.prepare, texts=texts)
@@ -133,10 +137,8 @@ class RewardGroup:
 
 
 @dataclass(frozen=True)
-class RolloutGroup:
+class RolloutGroup(RoleGroup):
     """The engines that sample."""
-
-    group: Group
 
     def generate(
         self, prompts: Pieces[Prompts], sampling: Sampling, coming: Pieces[Prompts] | None = None, first: bool = True

@@ -191,9 +191,11 @@ class RunDirectory:
             )
         return entry["status"] == "complete"
 
-    def begin(self, name: str, identity: dict[str, Any]) -> None:
-        """Note that a stage runs under this identity."""
-        self._write_stage(name, {"status": "running", "identity": identity, "started": time.time()})
+    def begin(self, name: str, identity: dict[str, Any]) -> int:
+        """Note that a stage runs under this identity; returns how often it was begun before without coming to its end."""
+        restarts = self._manifest()["stages"].get(name, {"restarts": -1}).get("restarts", 0) + 1
+        self._write_stage(name, {"status": "running", "identity": identity, "started": time.time(), "restarts": restarts})
+        return restarts
 
     def complete(self, name: str, identity: dict[str, Any], result: dict[str, Any]) -> None:
         """Note that a stage is done; its resume points are deleted."""

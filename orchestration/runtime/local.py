@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from actors.profiling import traced
 from actors.rewards.source import RewardError
 from actors.worker import RankSpec, Worker, process_group_of_one
 from conf.schema import Config
@@ -35,7 +36,8 @@ class LocalGroup:
         try:
             # by name, as on a cluster: `Worker` declares what roles override. A function that stands in for a method is called as it is.
             bound = getattr(self.rank, method.__name__, None) or functools.partial(method, self.rank)
-            return bound(*(p.items for p in pieces), **_plain(common))
+            with traced(self.rank, method.__name__):
+                return bound(*(p.items for p in pieces), **_plain(common))
         except RewardError as cause:
             raise RunError(f"{self.name} rank 0 failed in {method.__name__}: {cause}") from cause
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 
 from actors.memory import give_back_freed_memory, tune_allocator
+from actors.profiling import traced
 from actors.rank import RankSpec
 from conf.schema import Config
+from orchestration.runtime.operator_metrics import CallMetrics
 
 if TYPE_CHECKING:
     from actors.worker import Worker
@@ -46,6 +48,7 @@ class RayRank:
         sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
         self.doing = ("", time.time())
         self.role: Any = None
+        self.metrics: CallMetrics | None = None
 
     def where(self) -> tuple[str, tuple[int, ...], str]:
         """(folder of the `actors` package, numbers of its devices on its node, its node's id)."""
@@ -65,6 +68,7 @@ class RayRank:
         if devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
         self.role = role(config, checkpoint, spec)
+        self.metrics = CallMetrics(config.run_dir, spec.role) if ray.is_initialized() else None
         self.doing = ("", time.time())
 
     def call(self, asked: Asked, *items: Any) -> Any:
@@ -74,14 +78,18 @@ class RayRank:
             items: the pieces of each list argument, then the common arguments that are references, resolved by Ray.
         """
         self.doing = (asked.method, time.time())
+        began = time.perf_counter()
         try:
             arguments, rest = [], list(items)
             for count in asked.counts:
                 arguments.append(rest[:count])
                 rest = rest[count:]
-            result = getattr(self.role, asked.method)(*arguments, **asked.common, **dict(zip(asked.held, rest, strict=True)))
+            with traced(self.role, asked.method):
+                result = getattr(self.role, asked.method)(*arguments, **asked.common, **dict(zip(asked.held, rest, strict=True)))
             return (None, *result) if isinstance(result, list) else (None, result)
         finally:
+            if self.metrics is not None:
+                self.metrics.record(asked.method, time.perf_counter() - began)
             give_back_freed_memory()  # other roles on this machine need it for their own passes
             self.doing = ("", time.time())
 

@@ -40,6 +40,10 @@ class Ahead:
                 self.batches[number] = self.generate(number)
         return self.batches[step]
 
+    def waiting(self, step: int) -> int:
+        """Batches of this step and later ones that have been asked for, sampled already or not."""
+        return sum(number >= step for number in self.batches)
+
     def save(self, step: int, folder: Path) -> None:
         """What older weights have sampled; the newest batch can be sampled again. The driver holds these batches for a moment."""
         older = {number: batch for number, batch in self.batches.items() if step <= number < step + self.staleness}

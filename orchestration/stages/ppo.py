@@ -48,6 +48,7 @@ from orchestration.stages.guarding import KLGuard
 from orchestration.stages.judging import Judge, demonstration_score, judge_prompts
 from orchestration.stages.rewarding import Rewarding, moments_of_scores
 from orchestration.stages.syncing import WeightSync
+from orchestration.stages.tracing import Tracing
 from orchestration.stages.watching import Watch
 
 MEASURED_BLOCKS = 256
@@ -111,6 +112,7 @@ class Loop:
         self.ahead = Ahead(self.runtime, self.generate, self.ppo.staleness, self.ppo.steps)
         self.guard, self.watch = KLGuard(self.ppo), Watch(self.context)
         self.judge = Judge(self.context, self.roles, self.together, self.judged_on, len(self.prompts))
+        self.tracing = Tracing(self.context, self.roles)
 
     def run(self) -> dict[str, Any]:
         within: dict[str, float] = {}
@@ -118,6 +120,7 @@ class Loop:
         step = start = self.resume()
         zero = demonstration_score(self.context, self.roles, self.together) if self.config.checks != "off" else None
         while True:
+            self.tracing.turn_to(step + 1)
             began = time.perf_counter()
             experience, figures = self.score(self.sample(step), step)
             checked = self.watch.sampled(step, figures, zero if step == start else None)
@@ -142,6 +145,7 @@ class Loop:
             checked |= self.watch.updated(figures)
             step += 1
             self.record(step, figures, judged | {"checks": checked}, time.perf_counter() - began)
+        self.tracing.turn_to(None)
         self.export()
         result: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
         return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
@@ -253,8 +257,17 @@ class Loop:
         row = self.watch.recorded({"step": step, **figures, **seen})
         self.context.directory.append(row)
         judge = {f"judge_{name}": value for name, value in seen.get("judge", {}).items()}
-        self.context.metrics.record(step, figures | judge | {"warnings": float(len(row.get("warnings", [])))})
+        self.context.metrics.record(step, figures | judge | self.seen_by_operators(step, figures, row))
         self.controller = self.controller.updated(figures["kl"], self.ppo.batch)
+
+    def seen_by_operators(self, step: int, figures: dict[str, float], row: dict[str, Any]) -> dict[str, float]:
+        """What is shown and sent besides what is written."""
+        return {
+            "warnings": float(len(row.get("warnings", []))),
+            "rollbacks": float(len(self.guard.rollbacks)),
+            "weight_lag": step - 1 - figures["weight_version_min"],
+            "queued_batches": float(self.ahead.waiting(step)),
+        }
 
     def pretraining_of(self, step: int) -> list[Dialogues]:
         """One batch of text blocks per optimizer step for each policy rank, rank by rank; none without PPO-ptx."""
