@@ -113,6 +113,7 @@ class Loop:
 
     def run(self) -> dict[str, Any]:
         within: dict[str, float] = {}
+        judged: dict[str, Any] = {}
         stopped_by = "steps"
         step = start = self.resume()
         zero = demonstration_score(self.context, self.roles, self.together) if self.config.checks != "off" else None
@@ -133,12 +134,16 @@ class Loop:
                 break
             if (step > start and step % self.config.commit.every == 0) or self.guard.needs_start(step):
                 self.commit(step)  # not before its samples were seen: what is committed is within the KL budget
+            if judged:
+                self.context.shared.measured(judged["judge"])
             figures = figures | self.learn(experience, step)
             self.sync(step + 1)
             checked |= self.watch.updated(figures)
             step += 1
             self.record(step, figures, judged | {"checks": checked}, time.perf_counter() - began)
         self.export()
+        if stopped_by == "steps" and judged:
+            self.context.shared.measured(judged["judge"])
         result: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
         return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
 
