@@ -43,7 +43,7 @@ class PBT(Settings):
     quantile: Annotated[float, Gt(0), Le(0.5)]
     """Share of the trials that is bad enough to be replaced, and that is good enough to be copied."""
     resample: Annotated[float, Ge(0), Le(1)]
-    """Probability of drawing a value anew; otherwise ranges are multiplied by `factor` or divided by it, and choices move to a neighbour."""
+    """Probability of drawing a value anew; otherwise those of ranges are multiplied or divided by `factor`, and choices move by one."""
     factor: Annotated[float, Gt(1)]
     """How far a value of a range is moved."""
 
@@ -88,8 +88,8 @@ class Sweep(Settings):
     """Which trials go on."""
     space: dict[str, Any]
     """Settings of PPO that are varied, each with one of: `choice: [values]`, `uniform: [low, high]`, `loguniform: [low, high]`,
-    `quniform: [low, high, step]`, `int: [low, high]`, `logint: [low, high]`, `qint: [low, high, step]` (both ends included), and
-    perhaps `when: {other setting of the space: value or [values]}`: where that does not hold, the setting stays as the experiment has it."""
+    `quniform: [low, high, step]`, `int: [low, high]`, `logint: [low, high]`, `qint: [low, high, step]` (ends included), and
+    perhaps `when: {other setting of the space: value or [values]}`: where that does not hold, the setting stays the experiment's."""
     every: Count
     """Steps of PPO between two measurements by the judge, and between commits (`ppo.judge.every` and `commit.every` of the trials)."""
     prompts: Count

@@ -1,7 +1,7 @@
 """The command line: a table of verbs.
 
     chatray run experiment=quickstart [stage=… from=… any.setting=value …]
-    chatray sweep sweep=ppo experiment=… [sweep.setting=value … any.setting=value …] (many runs of PPO; then: chatray run @runs/NAME/best.yaml)
+    chatray sweep sweep=ppo experiment=… [sweep.setting=value … any.setting=value …] (many runs of PPO; then chatray run @…/best.yaml)
     chatray report run=runs/NAME
     chatray chat run=runs/NAME [stage=ppo]
     chatray config experiment=… (the resolved configuration)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,8 @@ def _in_grammar(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_in_grammar(item) for item in value) + "]"
     if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)  # Hydra's: only before a quote
+        return f"'{escaped}'"
     return "null" if value is None else json.dumps(value)
 
 

@@ -20,7 +20,7 @@ from orchestration.sweep.trial import Task
 METHOD = "permutation importance of a random forest"
 FEWEST = 6
 """Trials that ran to their end, below which nothing is said."""
-TREES, SHUFFLES = 300, 30
+TREES, SHUFFLES = 100, 20
 
 
 def position(dimension: Dimension, value: Any) -> float:

@@ -79,7 +79,7 @@ def best_yaml(winner: Trial, task: Task, words: Sequence[str]) -> str:
     kept = [word for word in words if word.partition("=")[0] not in (*LEFT_OUT, *winner.values)]
     last = winner.points()[-1]
     notes = [
-        f"# The best of the trials in {task.folder.name}: trial {winner.name}, judge {last.score:.4g}, KL {last.kl:.3g} of {task.kl_budget:.3g}.",
+        f"# The best trial of {task.folder.name}: {winner.name}, judge {last.score:.4g}, KL {last.kl:.3g} of {task.kl_budget:.3g}.",
         "# A whole run with its settings, and any other words after them:",
         f"#   chatray run @{task.folder.name}/best.yaml run_dir=runs/best",
     ]

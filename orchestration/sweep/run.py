@@ -27,7 +27,8 @@ from orchestration.sweep import preparing, records, results
 from orchestration.sweep.search import Random
 from orchestration.sweep.space import Space, parsed
 from orchestration.sweep.table import Table
-from orchestration.sweep.trial import Task, of_trials, run as run_trial
+from orchestration.sweep.trial import Task, of_trials
+from orchestration.sweep.trial import run as run_trial
 from orchestration.sweep.watching import Sweeping
 
 DECIDES = ("seed", "scale", "reward_scale", "model", "lora", "data", "labeler", "pretrain", "sft", "compare", "reward_model", "ppo",

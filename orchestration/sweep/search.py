@@ -46,7 +46,7 @@ class Optuna:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.space = optuna, space
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
         self.open: dict[int, Any] = {}
 

@@ -119,7 +119,7 @@ def parsed(given: Mapping[str, Any], config: Config) -> Space:
         RequestError: with every mistake found.
     """
     mistakes: list[str] = []
-    flat = dict(_flat(given, ""))
+    flat = {key: content for key, content in _flat(given, "") if content is not None}
     if not flat:
         mistakes.append("sweep.space: it is empty; name at least one setting, e.g. sweep.space.ppo.lr={loguniform: [1e-5, 1e-3]}")
     found = [d for key, content in flat.items() if (d := _dimension(key, content, config, mistakes)) is not None]
@@ -142,7 +142,7 @@ def _flat(given: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             found |= dict(_flat(content, f"{prefix}{name}."))
         else:
             found[f"{prefix}{name}"] = content
-    yield from ((key, content) for key, content in found.items() if content is not None)
+    yield from found.items()
 
 
 def _dimension(key: str, content: Any, config: Config, mistakes: list[str]) -> Dimension | None:

@@ -17,6 +17,8 @@ from orchestration.sweep import objective as objectives
 from orchestration.sweep.objective import JUDGE
 from orchestration.sweep.records import ENDED, Trial, trial
 
+SEEN = 1 << 20
+
 
 @dataclass(frozen=True)
 class Task:
@@ -109,6 +111,7 @@ class _Teller:
         value = objectives.objective(at, self.task.kl_budget, self.task.sweep.objective.penalty)
         commit = RunDirectory(self.trial.folder, self.task.config.commit.keep).stage("ppo").last() if state else None
         origin = {"trial": self.trial.number, "step": at.step, "values": self.trial.values}
+        origin |= {"state": state_digest(commit.folder)} if commit else {}
         self.channel.report({METRIC: value, TIME: at.step}, commit.folder if commit else None, origin, last)
 
 
@@ -119,17 +122,24 @@ def _take_over(task: Task, mine: Trial, handed: Handed, values: dict[str, Any]) 
     key, before = "ppo.kl.beta", handed.origin["values"]
     old, new = (values_of.get(key, setting(task.config, key)) for values_of in (before, values))
     point = directory.take_over("ppo", handed.folder, lambda memory: memory | {"beta": memory["beta"] * new / old if old else new})
-    mine.took_over({
-        "step": point.step, "from": handed.origin["trial"], "its_values": before, "values": values, "state": state_digest(point.folder),
-        "handed": state_digest(handed.folder),
-    })  # fmt: skip
+    copied = state_digest(point.folder)
+    if copied != handed.origin["state"]:
+        raise RunError(
+            f"the weights of trial {handed.origin['trial']:03d} did not arrive whole: their hash is {copied}, not {handed.origin['state']}"
+        )
+    record = {"step": point.step, "from": handed.origin["trial"], "its_values": before, "its_state": handed.origin["state"]}
+    mine.took_over(record | {"values": values, "state": copied})
 
 
 def state_digest(folder: Path) -> str:
-    """Hash of the names and bytes of a commit's files below its top: those that ranks wrote."""
+    """Hash of a commit's files that ranks wrote: names, sizes, and the first and last `SEEN` bytes, since a commit may be large."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.parent != folder:
-            total.update(path.relative_to(folder).as_posix().encode())
-            total.update(path.read_bytes())
+            size = path.stat().st_size
+            total.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
+            with open(path, "rb") as file:
+                total.update(file.read(SEEN))
+                file.seek(max(size - SEEN, 0))
+                total.update(file.read(SEEN))
     return total.hexdigest()[:16]
