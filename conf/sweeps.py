@@ -79,7 +79,7 @@ class Sweep(Settings):
     trials: Annotated[int, Ge(2)]
     """Runs of PPO, that of the experiment's own settings included. May be raised later: the sweep goes on."""
     search: Literal["random", "optuna"]
-    """Where values come from. `random`: the space. `optuna`: tree-structured Parzen estimators (TPE), which learn from trials that ended."""
+    """Where values come from. `random`: the space. `optuna`: tree-structured Parzen estimators (TPE), which learn from earlier trials."""
     startup: Count
     """Trials that `search=optuna` draws at random before it learns from them."""
     default_first: bool

@@ -88,9 +88,9 @@ def request(words: Sequence[str]) -> Request:
         mistakes += _contradictions(sweep, config) + preparing.judge_mistakes(sweep, config)
         attempt("space", lambda: parsed(sweep.space, config))
         attempt("judge", lambda: configuration.load(preparing.judge_words(own, sweep, config)))
-    if "space" in found:
+    if config is not None and "space" in found:
         mistakes += _impossible(sweep, config, found["space"])
-    if mistakes:
+    if mistakes or config is None:
         raise RequestError(mistakes)
     return Request(own, sweep, config, found["judge"], found["space"])
 

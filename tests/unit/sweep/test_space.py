@@ -80,7 +80,7 @@ def test_a_dimension_is_drawn_only_where_its_condition_holds(config: Config) -> 
 
 
 KINDS = [
-    Dimension("ppo.lr", "uniform", (0.0, 2.0)), Dimension("ppo.lr", "loguniform", (1e-6, 1e-2)), Dimension("x", "quniform", (0.1, 1.0, 0.2)),
+    Dimension("x", "uniform", (0.0, 2.0)), Dimension("x", "loguniform", (1e-6, 1e-2)), Dimension("x", "quniform", (0.1, 1.0, 0.2)),
     Dimension("x", "int", (1, 7)), Dimension("x", "logint", (1, 512)), Dimension("x", "qint", (2, 9, 3)),
     Dimension("x", "choice", ("a", [1], None)),
 ]  # fmt: skip
