@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.sweeps import Sweep
 from orchestration.errors import RequestError
 from orchestration.run_directory import difference, read_json, read_records, write_json
 from orchestration.sweep.objective import Point
@@ -103,6 +104,14 @@ def trials(folder: Path) -> list[Trial]:
     """All that were begun, in order."""
     found = [trial(folder, int(path.parent.name)) for path in sorted((folder / "trials").glob("*/trial.json"))]
     return [each for each in found if each.exists]
+
+
+def is_over(folder: Path, sweep: Sweep) -> bool:
+    """Whether no trial is left to run."""
+    found = {each.number: each for each in trials(folder)}
+    left = [number for number in range(sweep.trials) if number not in found or found[number].status not in ENDED]
+    again = sweep.retry_failed and any(each.status == "failed" for each in found.values())
+    return not left and not again
 
 
 def check(folder: Path, identity: dict[str, Any]) -> bool:

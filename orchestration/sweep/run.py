@@ -144,20 +144,26 @@ def run(words: Sequence[str]) -> None:
     if mistakes := list(recipe.engine_mistakes(asked.config)):
         raise RequestError(mistakes)
     goes_on = records.check(asked.folder, asked.identity())
+    over = records.is_over(asked.folder, asked.sweep)
     with ExitStack() as ending:
-        connection = Connection(asked.config)
-        ending.callback(connection.close)
-        preflight.check(asked.config, (*preparing.base_stages(asked.config), "ppo"), lambda: connection, print)
+        connection = None if over else Connection(asked.config)
+        if connection:
+            ending.callback(connection.close)
+            preflight.check(asked.config, (*preparing.base_stages(asked.config), "ppo"), lambda: connection, print)
         records.claim(asked.folder, asked.identity())
-        config = connection.for_runs(asked.config)
+        config = connection.for_runs(asked.config) if connection else asked.config
+        judging = connection.for_runs(asked.judge) if connection else asked.judge
         print(f"sweep: {'going on in' if goes_on else 'in'} {asked.folder}", flush=True)
         models = preparing.base(config, asked.folder / "base")
-        judge = preparing.judge(connection.for_runs(asked.judge), asked.folder / "judge", models["policy_checkpoint"], asked.sweep)
+        judge = preparing.judge(judging, asked.folder / "judge", models["policy_checkpoint"], asked.sweep)
         task = Task(
             asked.folder, asked.sweep, of_trials(config, asked.sweep, models, judge, asked.folder.name),
             objectives.budget(asked.sweep, config),
         )  # fmt: skip
-        trials(asked, task, facts.survey(asked.config).nodes())
+        if over:
+            print("sweep: every trial has ended")
+        else:
+            trials(asked, task, facts.survey(asked.config).nodes())
     found = results.write(asked.folder, asked.sweep, asked.space, task, asked.words)
     results.show(found, asked.folder)
     if found["best"] is None:
@@ -175,9 +181,6 @@ def trials(asked: Request, task: Task, nodes: Sequence[Any]) -> None:
     concurrency = min(sweep.concurrency or fitting, fitting)
     with Table(asked.folder, sweep, task, draws=asked.config.logging.progress) as table:
         sweeping = Sweeping(task, asked.space, table, random.Random(asked.config.seed))
-        if not sweeping.count:
-            table.say("sweep: every trial has ended")
-            return
         table.say(f"sweep: {sweeping.count} of {sweep.trials} trials to run, {concurrency} at a time ({fitting} fit on the cluster)")
         fit(
             Plan(

@@ -31,11 +31,12 @@ from orchestration.sweep import records
 from tests.benchmarks import runs
 
 BASE = [
-    "experiment=quickstart", "sft.steps=700", "compare.prompts=1600", "compare.heldout_prompts=256", "ppo.steps=16", "ppo.batch=128",
-    "ppo.minibatches=2", "ppo.warmup=3", "evaluate.prompts=512",
+    "experiment=quickstart", *runs.ONE_THREAD, "sft.steps=500", "compare.prompts=800", "compare.heldout_prompts=200", "ppo.steps=12",
+    "ppo.batch=128", "ppo.minibatches=2", "ppo.warmup=3", "evaluate.prompts=384", "commit.every=50",
 ]  # fmt: skip
 JUDGED = ["ppo.judge.every=4", "ppo.judge.prompts=256"]
-SWEEP = ["sweep=ppo", "sweep.trials=12", "sweep.every=4", "sweep.prompts=256", "sweep.space.ppo.lr={loguniform: [1e-4, 2e-3]}",
+SWEEP = ["sweep=ppo", "sweep.trials=10", "sweep.concurrency=2", "sweep.every=4", "sweep.prompts=256",
+         "sweep.space.ppo.lr={loguniform: [1e-4, 2e-3]}",
          "sweep.space.ppo.kl.beta={loguniform: [0.02, 0.5]}"]  # fmt: skip
 KILLED_AFTER = 3
 SEEDS = (101, 102, 103)

