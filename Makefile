@@ -17,7 +17,7 @@ TRL_VENV ?= .venv-trl
 TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 
 .PHONY: help install install-dev vllm-cpu quickstart test test-full lint cluster-check bench bench-gpu bench-recipe bench-preferences \
-	bench-learning bench-async bench-overoptimisation \
+	bench-learning bench-async bench-overoptimisation bench-sweep \
 	bench-ptx mutants notebook clean
 
 help: ## Show this list
@@ -92,6 +92,9 @@ bench-async: install ## PPO that samples while it learns beside PPO that does no
 
 bench-overoptimisation: install ## PPO with and without its KL penalty, against a weak reward model (after the quickstart)
 	$(BIN)/python -m tests.benchmarks.overoptimisation --run runs/quickstart --jobs $(JOBS)
+
+bench-sweep: install ## A sweep that is killed and goes on; its winner beside the default settings on new seeds
+	$(BIN)/python -m tests.benchmarks.sweep
 
 bench-ptx: install ## What PPO-ptx keeps of pretraining
 	$(BIN)/python -m tests.benchmarks.ptx --jobs $(JOBS)

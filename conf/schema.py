@@ -194,6 +194,8 @@ class Logging(Settings):
     """Weights & Biases; `offline` needs no account."""
     wandb_project: str
     """The project that wandb files runs under."""
+    wandb_group: str | None
+    """What wandb shows together: the runs of a sweep bear its name."""
     tensorboard: bool
     """Write TensorBoard event files to `<run_dir>/tensorboard`."""
 

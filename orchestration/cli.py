@@ -1,6 +1,7 @@
 """The command line: a table of verbs.
 
     chatray run experiment=quickstart [stage=… from=… any.setting=value …]
+    chatray sweep sweep=ppo experiment=… [sweep.setting=value … any.setting=value …] (many runs of PPO; then chatray run @…/best.yaml)
     chatray report run=runs/NAME
     chatray chat run=runs/NAME [stage=ppo]
     chatray config experiment=… (the resolved configuration)
@@ -10,6 +11,7 @@
     chatray jobs [list | status ID | follow ID | stop ID] --address URL
     chatray data show experiment=… [set=demonstrations|held_out|prompts|comparisons|texts] [index=0]
 
+`@file.yaml` among the words stands for those that the file lists.
 Exit codes: 0 done, 1 the run failed (or would not fit), 2 the request was wrong.
 """
 
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_other_code()
         if words[0] not in VERBS:
             raise RequestError(f"{words[0]}: no such command; choose from {', '.join(VERBS)}")
-        VERBS[words[0]](words[1:])
+        VERBS[words[0]](_with_files(words[1:]))
         return 0
     except RequestError as error:
         for mistake in error.mistakes:
@@ -64,6 +66,36 @@ def _refuse_other_code() -> None:
                 f"the package {package.__name__!r} was found in {found}, not beside chatray's own code in {home}; "
                 "start chatray from another folder, or clear PYTHONPATH"
             )
+
+
+def _with_files(words: Sequence[str]) -> list[str]:
+    """The words, with those that a file lists in place of its name: `@runs/NAME/best.yaml`.
+
+    Raises:
+        RequestError: it cannot be read, or is no list of words.
+    """
+    found: list[str] = []
+    for word in words:
+        if not word.startswith("@"):
+            found.append(word)
+            continue
+        import yaml
+
+        try:
+            listed = yaml.safe_load(Path(word[1:]).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
+            raise RequestError(f"{word}: not a readable YAML file ({' '.join(str(cause).split())[:200]})") from cause
+        if not isinstance(listed, list) or not all(isinstance(line, str) and "=" in line for line in listed):
+            raise RequestError(f"{word}: it must be a YAML list of words of the form key=value, as a sweep's best.yaml is")
+        found += listed
+    return found
+
+
+def _sweep(words: Sequence[str]) -> None:
+    _quiet()
+    from orchestration.sweep.run import run
+
+    run(words)
 
 
 def _run(words: Sequence[str]) -> None:
@@ -211,7 +243,7 @@ def _quiet() -> None:
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data,
-    "submit": _submit, "jobs": _jobs,
+    "submit": _submit, "jobs": _jobs, "sweep": _sweep,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ from conf.engines import TransformersRollout, VLLMRollout
 from conf.schema import Config
 from conf.sizes import Scale
 from conf.sources import FilesData, Part, WorldData
+from conf.sweeps import Sweep
 from orchestration import reward_sources
 from orchestration.contradictions import contradictions
 from orchestration.errors import RequestError
 
 FOLDER = Path(conf.__file__).resolve().parent
 ALIASES = {"from": "rerun_from"}
+SWEEPS = "sweep"
+"""The group that is no part of a run's settings: `chatray sweep` alone reads it."""
 
 
 def load(overrides: Sequence[str], working_directory: Path | None = None, reads_data: bool = True, consistent: bool = True) -> Config:
@@ -82,7 +86,93 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 def groups() -> dict[str, list[str]]:
     """The choices of each Hydra group."""
-    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(FOLDER.iterdir()) if list(p.glob("*.yaml"))}
+    folders = [folder for folder in sorted(FOLDER.iterdir()) if folder.name != SWEEPS and list(folder.glob("*.yaml"))]
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def load_sweep(words: Sequence[str]) -> tuple[Sweep, list[str]]:
+    """The sweep that `sweep=NAME sweep.setting=value …` asks for, and the other words, which are those of its runs.
+
+    Raises:
+        RequestError: with every mistake in the words of the sweep.
+    """
+    own = [word for word in words if word.partition("=")[0].lstrip("+~").split(".")[0] == SWEEPS]
+    named = [word.partition("=")[2] for word in own if word.startswith(f"{SWEEPS}=")]
+    choices = sorted(file.stem for file in (FOLDER / SWEEPS).glob("*.yaml"))
+    name = named[-1] if named else "ppo"
+    if name not in choices:
+        raise RequestError(f"sweep={name}: no such sweep; choose from {', '.join(nearest(name, choices))}")
+    parsed, mistakes = _parse([word for word in own if not word.startswith(f"{SWEEPS}=")])
+    lines = [str(override.input_line) for override in parsed]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
+            composed = compose(f"{SWEEPS}/{name}", overrides=[line if line[0] in "+~" else f"++{line}" for line in lines])
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+        return TypeAdapter(Sweep).validate_json(json.dumps(plain[SWEEPS]), strict=True), [word for word in words if word not in own]
+    except (HydraException, OmegaConfBaseException) as cause:
+        mistakes.append(f"sweep={name}: it cannot be composed: {str(cause).splitlines()[0]}")
+    except ValidationError as found:
+        for error in found.errors():
+            at = ".".join([SWEEPS, *(str(part) for part in error["loc"] if part not in ("fifo", "asha", "pbt"))])
+            unknown = error["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+            near = nearest(at, list(leaves(Sweep, f"{SWEEPS}.")))[0]
+            mistakes.append(f"{at}: no such setting; did you mean {near}?" if unknown else f"{at}={error['input']!r}: {error['msg']}")
+    raise RequestError(mistakes)
+
+
+def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+    """A checked configuration with other values of some settings, by their dotted names.
+
+    Raises:
+        RequestError: with every mistake: no such setting, a value that is not one of it, or what they contradict.
+    """
+    plain, mistakes = as_dict(config), []
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        section: Any = plain
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or name not in section:
+            mistakes.append(f"{key}: no such setting; did you mean {nearest(key, list(leaves(Config)))[0]}?")
+        else:
+            section[name] = value
+    changed = _typed(plain, mistakes)
+    mistakes += list(contradictions(changed, False)) if changed is not None else []
+    if mistakes or changed is None:
+        raise RequestError(mistakes)
+    return changed
+
+
+def setting(config: Config, key: str) -> Any:
+    """The value of a setting by its dotted name, as plain JSON.
+
+    Raises:
+        KeyError: there is none.
+    """
+    found: Any = as_dict(config)
+    for part in key.split("."):
+        if not isinstance(found, dict):
+            raise KeyError(key)
+        found = found[part]
+    return found
+
+
+def as_word(key: str, value: Any) -> str:
+    """`key=value` as the command line takes it."""
+    return f"{key}={_in_grammar(value)}"
+
+
+def _in_grammar(value: Any) -> str:
+    """A JSON value in Hydra's grammar for overrides."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_in_grammar(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_in_grammar(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)  # Hydra's: only before a quote
+        return f"'{escaped}'"
+    return "null" if value is None else json.dumps(value)
 
 
 def rung(name: str) -> Scale:

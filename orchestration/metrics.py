@@ -134,7 +134,7 @@ def _wandb_run(config: Config) -> Any:
 
     run = wandb.init(
         mode=config.logging.wandb, dir=config.run_dir, project=config.logging.wandb_project, name=Path(config.run_dir).name,
-        resume="allow", settings=wandb.Settings(silent=True, console="off"),
+        group=config.logging.wandb_group, resume="allow", settings=wandb.Settings(silent=True, console="off"),
     )  # fmt: skip
     for stage in ("pretrain", "sft", "reward_model", "ppo"):
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")

@@ -20,7 +20,7 @@ from orchestration.metrics import Metrics, PeakMemory
 from orchestration.roles import connect
 from orchestration.run_directory import RunDirectory, read_json, write_json
 from orchestration.stages import compare, evaluate, ppo, pretrain, reward_model, sft
-from orchestration.stages.context import Shared, StageContext, input_of
+from orchestration.stages.context import Measured, Shared, StageContext, input_of
 
 RUN: dict[str, Callable[[StageContext], dict[str, Any]]] = {
     "pretrain": pretrain.run, "sft": sft.run, "compare": compare.run, "reward_model": reward_model.run, "ppo": ppo.run,
@@ -73,8 +73,11 @@ def inputs_of(name: str, config: Config) -> tuple[str, ...]:
     return tuple(source for source in INPUTS[name] if source not in not_needed)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, measured: Measured | None = None) -> dict[str, Any]:
     """Run what is asked for and not yet done; returns the content of summary.json.
+
+    Args:
+        measured: told each measurement of PPO's held-out judge, but for the exact grade: whoever chooses by it must not see that.
 
     Raises:
         RequestError: a stage's inputs are missing, or it was run with other settings.
@@ -84,6 +87,8 @@ def run(config: Config) -> dict[str, Any]:
     memory = PeakMemory()
     memory.start()
     directory, shared, wanted = _surroundings(config)
+    if measured is not None:
+        shared.measured = lambda point: measured({name: value for name, value in point.items() if not name.startswith("gold")})
     with ExitStack() as ending:
         ending.callback(shared.close)
         examine(config, directory, shared, wanted)

@@ -222,6 +222,34 @@ class RunDirectory:
         """What each complete stage found."""
         return {name: entry["result"] for name, entry in self._manifest()["stages"].items() if entry["status"] == "complete"}
 
+    def take_over(self, name: str, commit: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> ResumePoint:
+        """Make a commit of another run the only one that this run's stage goes on from, under whatever settings it is started with next.
+
+        Args:
+            commit: the other run's folder of the commit, or a copy of it.
+            change: what the stage remembers beside weights and optimizers -> what it is to remember.
+
+        Raises:
+            RequestError: it is not a whole commit.
+        """
+        manifest = sealed(commit)
+        if manifest is None:
+            raise RequestError(f"{commit}: not a whole commit of a run; nothing was taken over")
+        stage, step = self.stage(name), manifest["step"]
+        aside = stage.path / "taken_over"
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(commit, aside, ignore=shutil.ignore_patterns(MANIFEST, ".*"))
+        shutil.rmtree(stage.path / "state", ignore_errors=True)
+        folder = stage.begin_state(step)
+        folder.rmdir()
+        aside.rename(folder)
+        stage.forget_after(step)
+        content = self._manifest()
+        content["stages"].pop(name, None)  # it is another run's now: the next start notes its settings
+        write_json(self.path / "manifest.json", content)
+        stage.seal_state(step, change(manifest["memory"]))
+        return ResumePoint(step, folder, change(manifest["memory"]))
+
     def discard_from(self, name: str) -> None:
         """Delete the results of a stage and of all after it."""
         manifest = self._manifest()

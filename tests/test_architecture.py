@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,11 @@ CONFINED = {
     "deepspeed": ["actors/engine.py"],
     "hydra": ["orchestration/config.py"],
     "omegaconf": ["orchestration/config.py"],
+    "matplotlib": ["orchestration/sweep/plots.py"],
+    "optuna": ["orchestration/sweep/search.py"],
     "ray": ["orchestration/runtime/", "orchestration/jobs/client.py"],
     "ray.job_submission": ["orchestration/jobs/client.py"],
+    "ray.tune": ["orchestration/runtime/trials.py"],
     "vllm": ["actors/rollout_vllm.py"],
 }
 """Each package, and the files or folders that may import it."""
@@ -75,6 +79,28 @@ def test_imports_are_found_wherever_they_stand() -> None:
 
 def test_the_exact_grade_is_seen_by_the_labeller_and_the_evaluation_alone() -> None:
     assert importers(GOLD) == ["orchestration/data/labeler.py", "orchestration/stages/evaluate.py"]
+
+
+def without_docstrings(tree: ast.AST) -> ast.AST:
+    """The tree, with an empty text in place of every text that stands as a line of its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            node.value.value = ""
+    return tree
+
+
+def of_the_exact_grade(source: str) -> set[str]:
+    """Names and texts in the code that have to do with the exact grade, or with files that it is in."""
+    words = re.findall(r"\w+", ast.unparse(without_docstrings(ast.parse(source))))
+    return {word for word in words if re.search("gold|grade|curve|metrics|evaluat|conversations", word)}
+
+
+def test_a_sweep_reads_the_exact_grade_nowhere() -> None:
+    """Not its name, and no file or figure of a run that holds it: what wins is the held-out judge's word alone."""
+    files = [file for file in SOURCES if "orchestration/sweep/" in name_of(file)] + [ROOT / "orchestration/runtime/trials.py"]
+    assert len(files) > 8
+    assert {name_of(file): found for file in files if (found := of_the_exact_grade(file.read_text(encoding="utf-8")))} == {}
+    assert of_the_exact_grade('"""The gold standard."""\nscore = point["gold"]\n') == {"gold"}
 
 
 def test_algorithms_and_batches_import_torch_and_the_schema_alone() -> None:

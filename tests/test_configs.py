@@ -12,7 +12,9 @@ import yaml
 
 import conf
 from conf.schema import PPO_ROLES, Config
+from conf.sweeps import Sweep
 from orchestration import config as configuration
+from orchestration.sweep.run import request
 
 FOLDER = Path(conf.__file__).resolve().parent
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -63,6 +65,12 @@ def holds(chosen: Any, given: Any) -> bool:
     return chosen == given or str(given).startswith("${")
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (FOLDER / "sweep").glob("*.yaml")))
+def test_every_sweep_can_be_asked_for(name: str) -> None:
+    asked = request([f"sweep={name}", "experiment=quickstart", "ppo.lr=2e-4"])
+    assert asked.config.ppo.lr == 2e-4 and len(asked.space.dimensions) == 3
+
+
 @pytest.mark.parametrize("file", sorted((FOLDER / "scale").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_scale_names_itself(file: Path) -> None:
     assert read(file)["name"] == file.stem
@@ -89,9 +97,11 @@ def keys(section: dict[str, Any], prefix: str) -> Iterator[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
 def test_every_key_is_a_setting(file: Path) -> None:
     content = {name: value for name, value in read(file).items() if name != "defaults"}
-    settings = set(configuration.leaves(Config))
+    settings = {*configuration.leaves(Config), *configuration.leaves(Sweep, "sweep.")}
     optional = "data.pretrain."  # a whole section or null; composing the file checks what is in it
-    unknown = sorted(key for key in keys(content, prefix_of(file)) if key not in settings and not key.startswith(optional))
+    unknown = sorted(
+        key for key in keys(content, prefix_of(file)) if key not in settings and not key.startswith((optional, "sweep.space."))
+    )
     assert not unknown, f"{file} sets what schema.py does not know"
 
 
@@ -120,7 +130,7 @@ def is_text(node: ast.stmt | None) -> bool:
 def test_every_setting_is_documented_beneath_itself() -> None:
     source = "".join(
         (FOLDER / name).read_text(encoding="utf-8")
-        for name in ("settings.py", "sizes.py", "engines.py", "machines.py", "sources.py", "ppo.py", "schema.py")
+        for name in ("settings.py", "sizes.py", "engines.py", "machines.py", "sources.py", "ppo.py", "schema.py", "sweeps.py")
     )
     assert source.count('"""') > 100
     assert settings_without_doc(source) == []

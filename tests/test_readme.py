@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from conf.sweeps import Sweep
 from orchestration import cli
 from orchestration import config as configuration
+from orchestration.sweep.run import request
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "cluster/README.md")
@@ -75,8 +77,11 @@ def test_every_command_parses(
     if verb == "plan":
         configuration.load([word for word in words if word != "--json"], tmp_path, reads_data=False)
         return
+    if verb == "sweep":
+        request([stood_in(word, folders) for word in words])
+        return
     if verb in ("run", "config"):
-        configuration.load([stood_in(word, folders) for word in words], tmp_path)
+        configuration.load([stood_in(word, folders) for word in words if not word.startswith("@")], tmp_path)  # @: a sweep's best.yaml
         return
     # An option that does not exist makes the command stop after it has looked at all of them: it must be the only one found wrong.
     assert cli.main([verb, *words, "no_such_option=1"]) == 2
@@ -140,7 +145,7 @@ def test_links_between_documents_lead_somewhere(document: str) -> None:
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_documented_settings_exist(document: str) -> None:
     """Dotted names in backticks whose first part is a section of the configuration."""
-    known = set(configuration.leaves(configuration.Config))
+    known = {*configuration.leaves(configuration.Config), *configuration.leaves(Sweep, "sweep.")}
     sections = {name.split(".")[0] for name in known if "." in name}
     named = {name for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", text_of(document)) if name.split(".")[0] in sections}
     files = {name for name in named if name.rsplit(".", 1)[1] in ("py", "yaml", "json", "jsonl")}

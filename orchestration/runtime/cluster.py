@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -252,6 +253,24 @@ class RayRuntime:
     def close(self) -> None:
         if ray.is_initialized():
             self.stop()
+        if self.own_cluster:
+            ray.shutdown()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+class Connection:
+    """A cluster that is held for several runs after each other: they find it connected, and do not end it."""
+
+    def __init__(self, config: Config) -> None:
+        self.scratch = tempfile.mkdtemp(prefix="chatray-")
+        self.own_cluster = connect(config, self.scratch)
+
+    def for_runs(self, config: Config) -> Config:
+        """With the network interface that a run would choose that had started the cluster by itself."""
+        interface = interface_of(config, self.own_cluster)
+        return dataclasses.replace(config, placement=dataclasses.replace(config.placement, interface=interface))
+
+    def close(self) -> None:
         if self.own_cluster:
             ray.shutdown()
         shutil.rmtree(self.scratch, ignore_errors=True)

@@ -23,6 +23,10 @@ Grades = Callable[[Sequence[Dialogue], Sequence[str], Sequence[bool]], list[floa
 """(contexts, replies, whether each ended) -> a grade for each. Only measured by, never learned from or selected on."""
 
 
+Measured = Callable[[dict[str, float]], None]
+"""Told each point of the held-out judge's curve (stages/judging.py), once the weights that it is of are committed, if they are to be."""
+
+
 class Shared:
     """What the stages of one run share: the data, loaded once, and the runtime, started when first needed."""
 
@@ -32,6 +36,7 @@ class Shared:
         """
         self.config, self.source, self.connect, self.grades = config, source, connect, grades
         self.say: Callable[[str], None] = print
+        self.measured: Measured = lambda point: None
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -20,7 +20,7 @@ from orchestration.errors import RequestError
 from orchestration.roles import Roles
 from orchestration.runtime.dispatch import cut
 from orchestration.stages.context import StageContext
-from orchestration.stages.rewarding import Rewarding
+from orchestration.stages.rewarding import Rewarding, moments_of_scores
 from orchestration.stages.sampling import Sampler
 
 JUDGED = 2**31 + 800_001
@@ -40,7 +40,8 @@ class Judge:
 
     def measure(self, step: int) -> dict[str, float]:
         """A point of the curve, for the weights that the engines hold: KL to the reference in nats per reply and its square root, the
-        reward model's mean score, reply length; with an exact grade its mean, `gold`, and that mean's standard error."""
+        reward model's mean score, reply length; with `ppo.rewards` each source's mean, `score_<name>`; with an exact grade its mean,
+        `gold`, and that mean's standard error."""
         context, ppo = self.context, self.context.config.ppo
         runtime, count = context.runtime, len(self.prompts)
         sampler = Sampler(runtime, self.roles, context.chat, self.together, context.config.engine.micro_batch)
@@ -51,6 +52,8 @@ class Judge:
         scores, policy, reference = (runtime.get(piece, "scores and log-probs of the judge's replies") for piece in given)
         kl = float(_per_reply(policy, count).sub(_per_reply(reference, count)).mean())
         found = {"step": float(step), "kl": kl, "sqrt_kl": math.sqrt(max(kl, 0.0)), "score": float(torch.cat(scores)[:count].mean())}
+        if ppo.rewards:  # over all ranks' rows, those that fill up the last piece included
+            found |= moments_of_scores(runtime, self.roles)[1]
         found["reply_tokens"] = float(rollouts.mask.sum(dim=1).float().mean())
         if context.shared.grades is not None:
             grades = np.array(context.shared.grades(self.prompts, sampler.replies(rollouts), rollouts.finished.tolist()))

@@ -116,6 +116,7 @@ class Loop:
 
     def run(self) -> dict[str, Any]:
         within: dict[str, float] = {}
+        judged: dict[str, Any] = {}
         stopped_by = "steps"
         step = start = self.resume()
         zero = demonstration_score(self.context, self.roles, self.together) if self.config.checks != "off" else None
@@ -135,10 +136,13 @@ class Loop:
             judged = self.judged(step)
             if step == self.ppo.steps:  # the last weights are measured as well: what is exported is what is reported
                 break
-            due = step % self.config.commit.every == 0 or stopping.asked()
+            ending = stopping.asked()
+            due = step % self.config.commit.every == 0 or ending
             if (step > start and due) or self.guard.needs_start(step):
                 self.commit(step)  # not before its samples were seen: what is committed is within the KL budget
-            if stopping.asked():
+            if judged:
+                self.context.shared.measured(judged["judge"])
+            if ending:
                 raise stopping.stopped("ppo", step)
             figures = figures | self.learn(experience, step)
             self.sync(step + 1)
@@ -147,6 +151,8 @@ class Loop:
             self.record(step, figures, judged | {"checks": checked}, time.perf_counter() - began)
         self.tracing.turn_to(None)
         self.export()
+        if stopped_by == "steps" and judged:
+            self.context.shared.measured(judged["judge"])
         result: dict[str, Any] = {"kl": within.get("kl"), "kl_budget": self.ppo.kl.budget, "score": within.get("score")}
         return result | {"stopped_by": stopped_by, "rollbacks": self.guard.rollbacks} | self.watch.result() | self.text_losses()
 
