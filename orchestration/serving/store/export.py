@@ -23,10 +23,16 @@ from typing import Any
 
 from orchestration.errors import RequestError
 from orchestration.run_directory import read_json, write_json
+from orchestration.serving.store.database import url_of
 from orchestration.serving.store.records import Learned
 from orchestration.serving.store.store import Store
 
 FILES = ("demonstrations.jsonl", "comparisons.jsonl")
+PARTS = {
+    "demonstrations.jsonl": "{format: messages, path: demonstrations.jsonl}",
+    "comparisons.jsonl": "{format: rankings, path: comparisons.jsonl, best_as_demonstration: false}",
+}
+"""How `data.mix` names each file."""
 MANIFEST = "feedback.json"
 """Written last: what an export holds, and which rows were taken out of it later."""
 
@@ -66,6 +72,31 @@ def export(store: Store, folder: Path) -> dict[str, int]:
         raise RequestError(f"out={folder}: cannot be written ({cause})") from cause
     tell(store)
     return counts
+
+
+def export_and_show(url: str, folder: Path) -> None:
+    """`chatray feedback export`.
+
+    Raises:
+        RequestError: as `Store.open` and `export`; or there is no store at that place yet.
+    """
+    place = url_of(url)
+    if place.get_backend_name() == "sqlite" and not Path(str(place.database)).is_file():
+        raise RequestError(f"store={url}: no such file; give the store of the service (its setting is serving.store)")
+    store = Store.open(url)
+    try:
+        counts = export(store, folder)
+        missed = sorted(store.exports_to_tell())
+    finally:
+        store.close()
+    print(f"{folder}: {counts[FILES[0]]} demonstrations, {counts[FILES[1]]} comparisons, of feedback given with consent")
+    there = [PARTS[file] for file in FILES if counts[file]]
+    if len(there) == len(FILES):
+        print(f"To train on them: data=feedback data.path={folder}")
+    elif there:
+        print(f"To train on them: data=feedback data.path={folder} \"data.mix=[{there[0]}]\"")
+    for name in missed:
+        print(f"{name}: holds rows that were withdrawn since, and is not on this machine or cannot be written; delete it there")
 
 
 def tell(store: Store) -> list[str]:
