@@ -1,7 +1,9 @@
 """Everyday texts that no category is true of, from the data that models are trained on: so that a classifier learned from public forums does
 not take a short question for an attack.
 
-    harmless=world,instructions:PATH,messages:PATH,taskmaster:PATH
+    harmless=everyday,world,instructions:PATH,messages:PATH,taskmaster:PATH
+
+`everyday` is what chats open and close with, `world` the embedded world's turns.
 """
 
 from __future__ import annotations
@@ -18,6 +20,18 @@ from orchestration.data.world.grammar import DANGERS
 from orchestration.data.world.scenarios import demonstrations
 from orchestration.errors import RequestError
 
+EVERYDAY = (
+    ("hello", "hi", "hey", "good morning", "good evening", "hi there", "hello again"),
+    ("", ", how are you?", ", how is it going?", ", can you help me?", ", who are you?", ", what can you do?", "! nice to meet you."),
+)
+"""Openings, and what follows them."""
+SHORT = (
+    "thanks", "thank you so much!", "ok", "okay, got it", "yes please", "no, thank you", "please go on", "can you explain that again?",
+    "what do you mean?", "that is not what i asked", "i do not understand you", "you are right", "you are very kind", "you helped me a lot",
+    "i love your answer", "are you a robot?", "do you like music?", "what is your name?", "where are you from?", "tell me a joke",
+    "tell me about yourself", "i am tired today", "i feel much better now", "my mother is ill", "my dog died last year", "see you tomorrow",
+    "bye", "good night", "sorry, i made a mistake", "could you make it shorter?", "write it in french", "what is the time in tokyo?",
+)  # fmt: skip
 MOST = 100
 """Texts of each source at most."""
 FORMATS = ("messages", "instructions", "taskmaster")
@@ -34,12 +48,15 @@ def read_harmless(given: str, seed: int = 0) -> list[str]:
     found: list[str] = []
     for source in filter(None, given.split(",")):
         name, _, path = source.partition(":")
+        if name == "everyday" and not path:
+            found += [*SHORT, *(first + second for first in EVERYDAY[0] for second in EVERYDAY[1])]
+            continue
         if name == "world" and not path:
             dialogues = [d for d in demonstrations(MOST, seed, NO_FLAWS) if not _dangerous(d)]
         elif name in FORMATS and path:
             dialogues = _read(name, path)
         else:
-            raise RequestError(f"harmless={source}: give world, or one of {', '.join(FORMATS)} with a path after a colon")
+            raise RequestError(f"harmless={source}: give everyday, world, or one of {', '.join(FORMATS)} with a path after a colon")
         turns = sorted({m.content for d in dialogues for m in d.messages if m.role in ("user", "assistant")})
         found += random.Random(f"harmless {seed}").sample(turns, min(MOST, len(turns)))
     return found

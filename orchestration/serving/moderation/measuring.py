@@ -41,7 +41,7 @@ def train_and_show(data: str, out: str, harmless: str, seed: int) -> None:
     rows = {name: report["measured"][name] | report["thresholds"][name] for name in model.categories}
     _show(rows, f"{report['rows']} labelled texts, each scored by models learned without it")
     if report["harmless"]:
-        alarms = ", ".join(f"{name} {limits['warn']:.1%}" for name, limits in report["false_alarms"].items())
+        alarms = ", ".join(f"{name} {limits['warn']:.1%}" for name, limits in report["false_alarms"].items() if limits)
         print(f"of {report['harmless']} harmless texts, so many reach `warn`: {alarms}")
     print(f"written: {out} ({file.stat().st_size / 2**10:.0f} KiB)")
 

@@ -230,21 +230,24 @@ def _platt(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return max(float(fit.coef_[0, 0]), 1e-3), float(fit.intercept_[0])
 
 
-PRECISE, ENOUGH = 0.8, 5
-"""Precision from which a category may block, and texts over the threshold that must speak for it."""
+FAIR, PRECISE, ENOUGH = 0.5, 0.8, 5
+"""Precision from which a category may warn, and block, and texts over the threshold that must speak for either."""
 
 
 def chosen(y: np.ndarray, p: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
     """(figures, thresholds with the precision and recall they were chosen at) of one category.
 
-    `warn` is where F1 is highest. `block` is the lowest threshold, not below it, from which on at least 80% of the texts are true, by at
-    least five texts; where there is none, nothing is blocked for this category.
+    `warn` is where F1 is highest among thresholds from which on at least half of the texts are true, `block` the lowest, not below it, from
+    which on at least 80% are; at least five texts must reach either. Where there is none, a category does not warn, or not block.
     """
     figures = {"true": int(y.sum()), "known": len(y), "average_precision": round(float(average_precision_score(y, p)), 4)}
     rows = list(_curve(y, p))
-    best = max(rows, key=lambda row: 2 * row[1] * row[2] / max(row[1] + row[2], 1e-9))
+    fair = [row for row in rows if row[1] >= FAIR and row[3] >= ENOUGH]
+    if not fair:
+        return figures, {}
+    best = max(fair, key=lambda row: row[1] * row[2] / (row[1] + row[2]))
     limits = {"warn": _down(best[0]), "warn_precision": round(best[1], 3), "warn_recall": round(best[2], 3)}
-    sure = [row for row in rows if row[1] >= PRECISE and row[3] >= ENOUGH and row[0] >= best[0]]
+    sure = [row for row in fair if row[1] >= PRECISE and row[0] >= best[0]]
     if sure:
         block = min(sure)
         limits |= {"block": _down(block[0]), "block_precision": round(block[1], 3), "block_recall": round(block[2], 3)}
