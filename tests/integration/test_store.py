@@ -209,8 +209,8 @@ def test_a_deleted_conversation_leaves_nothing_and_the_exported_copy_is_told(sto
         store.add_feedback("anna", "comment", [first], SECRET),
     ]
     store.audit(Audit("anna", "input", "warn", ("hate",), {"hate": 0.5}, "trained", gone))
-    assert export(store, tmp_path / "out") == {"demonstrations.jsonl": 2, "comparisons.jsonl": 2}
-    assert SECRET in (tmp_path / "out" / "comparisons.jsonl").read_text()
+    assert export(store, tmp_path / "out") == {"demonstrations/feedback.jsonl": 2, "comparisons/feedback.jsonl": 2}
+    assert SECRET in (tmp_path / "out" / "comparisons" / "feedback.jsonl").read_text()
     deleted = store.delete_conversation("anna", gone)
     assert set(deleted.feedback) == {feedback.id for feedback in given}
     assert deleted.folders == (str((tmp_path / "out").resolve()),)
@@ -219,8 +219,9 @@ def test_a_deleted_conversation_leaves_nothing_and_the_exported_copy_is_told(sto
     assert store.feedback("boris") == [stays]
     assert [(a.action, a.conversation_id) for a in store.audits()] == [("warn", None)]
     assert tell(store) == []
-    files = {file.name: file.read_text() for file in (tmp_path / "out").iterdir()}
-    assert set(files) == {"demonstrations.jsonl", "feedback.json"}
+    files = {file.name: file.read_text() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert set(files) == {"feedback.jsonl", "feedback.json"}
+    assert not (tmp_path / "out" / "comparisons" / "feedback.jsonl").exists()
     assert SECRET not in "".join(files.values())
     assert len(json.loads(files["feedback.json"])["withdrawn"]) == 3
     assert store.exports_to_tell() == {}
@@ -235,7 +236,7 @@ def test_a_copy_that_is_elsewhere_is_told_when_it_can_be_reached(store: Store, t
     assert tell(store) == [str(tmp_path / "out")]
     (tmp_path / "away").rename(tmp_path / "out")
     assert tell(store) == []
-    assert not (tmp_path / "out" / "demonstrations.jsonl").exists()
+    assert not (tmp_path / "out" / "demonstrations" / "feedback.jsonl").exists()
 
 
 def test_feedback_taken_back_while_it_is_exported_does_not_stay_in_the_copy(store: Store, tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_nothing_is_learned_from_without_consent(store: Store, tmp_path: Path) -
     store.update_conversation("anna", conversation, consent=False)
     assert store.learnable() == []
     assert tell(store) == []
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["feedback.json"]
+    assert [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()] == ["feedback.json"]
 
 
 def test_an_owner_who_leaves_is_forgotten(store: Store) -> None:
