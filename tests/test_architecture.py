@@ -18,6 +18,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 450, 80
 GOLD = "orchestration.data.world.gold"
 
 CONFINED = {
+    "alembic": ["orchestration/serving/store/"],
     "deepspeed": ["actors/engine.py"],
     "hydra": ["orchestration/config.py"],
     "omegaconf": ["orchestration/config.py"],
@@ -26,6 +27,7 @@ CONFINED = {
     "ray": ["orchestration/runtime/", "orchestration/jobs/client.py"],
     "ray.job_submission": ["orchestration/jobs/client.py"],
     "ray.tune": ["orchestration/runtime/trials.py"],
+    "sqlalchemy": ["orchestration/serving/store/"],
     "vllm": ["actors/rollout_vllm.py"],
 }
 """Each package, and the files or folders that may import it."""
