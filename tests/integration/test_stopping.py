@@ -1,22 +1,26 @@
-"""SIGTERM while the ranks train: they commit the step in progress, on both runtimes, and the same command goes on from there."""
+"""SIGTERM while ranks learn: the step in progress is committed, on both runtimes, and the same command goes on from there."""
 
 from __future__ import annotations
 
-import shutil
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import COMMAND, LIMIT_SECONDS
 
+from orchestration import stopping
 from orchestration.run_directory import RunDirectory, read_records
+from orchestration.stages.ppo import Loop
+from tests import tiny_ppo
 
 pytestmark = pytest.mark.ray
 
-PPO = ("experiment=smoke", "stage=ppo", "from=ppo", "ppo.steps=5000", "commit.every=5000", "run_dir=run", "runtime=local")
 SFT = ("experiment=smoke", "stage=sft", "sft.steps=5000", "sft.eval_every=5000", "commit.every=5000", "run_dir=run")
 
 
@@ -48,16 +52,31 @@ def test_training_commits_and_goes_on(runtime: str, tmp_path: Path) -> None:
         assert [record["step"] for record in read_records(stage.metrics)] == list(range(1, later.step + 1))
 
 
-def test_ppo_commits_and_goes_on(smoke_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
-    shutil.rmtree(run / "round_01/ppo")  # its steps would be taken for those of this run
-    stage = RunDirectory(run, 1).stage("ppo")
-    code, said = stopped_after(2, stage.metrics, PPO, tmp_path)
-    point, records = stage.last(), read_records(stage.metrics)
-    assert point and 2 <= point.step < 5000, said
-    assert code == 1 and f"ppo: stopped as asked; step {point.step} is committed" in said
-    assert [record["step"] for record in records] == list(range(1, point.step + 1))
-    again = [word for word in PPO if not word.startswith("from=")]
-    code, said = stopped_after(point.step + 1, stage.metrics, again, tmp_path)
-    later = stage.last()
-    assert code == 1 and later and later.step > point.step, said
+def test_ppo_commits_the_step_in_progress_and_ends_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes while a step is recorded: that step is kept, and not one more is learned from."""
+    start = tiny_ppo.prepared(tmp_path)
+    words = ("ppo.steps=4", "commit.every=100", "ppo.reward_normalise=running")
+    whole = tiny_ppo.run(tiny_ppo.context(start, tmp_path / "whole", *words))
+    record, handler = Loop.record, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(self: Loop, step: int, *rest: Any) -> None:
+        record(self, step, *rest)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(stopping, "_request", stopping._Request())
+    monkeypatch.setattr(Loop, "record", interrupted)
+    given = tiny_ppo.context(start, tmp_path / "stopped", *words)
+    stopping.listen()
+    try:
+        with pytest.raises(stopping.Stopped, match="ppo: stopped as asked; step 2 is committed"):
+            tiny_ppo.run(given)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    point = given.directory.last()
+    assert point and point.step == 2 and [row["step"] for row in tiny_ppo.rows(given)] == [1, 2]
+    monkeypatch.setattr(stopping, "_request", stopping._Request())
+    monkeypatch.setattr(Loop, "record", record)
+    again = tiny_ppo.run(tiny_ppo.context(start, tmp_path / "stopped", *words))
+    assert [row["kl"] for row in again[1]] == [row["kl"] for row in whole[1]]
+    assert all(torch.equal(whole[2][name], again[2][name]) for name in whole[2])
