@@ -59,6 +59,7 @@ class Request:
         plain = {section: settings[section] for section in DECIDES}
         for section in plain.keys() & recipe.NO_PART.keys():
             plain[section] = {key: value for key, value in (plain[section] or {}).items() if key not in recipe.NO_PART[section]}
+        plain["longest"] = self.config.engine.longest
         own = {key: value for key, value in dataclasses.asdict(self.sweep).items() if key not in MAY_CHANGE}
         return {"sweep": own | {"space": [dataclasses.asdict(dimension) for dimension in self.space.dimensions]}, "runs": plain}
 
