@@ -46,6 +46,9 @@ class PBT(Settings):
     """Probability of drawing a value anew; otherwise those of ranges are multiplied or divided by `factor`, and choices move by one."""
     factor: Annotated[float, Gt(1)]
     """How far a value of a range is moved."""
+    synchronous: bool
+    """Whether trials wait for each other at each interval: all are compared at the same step, but each stops and starts again. If not, a
+    trial is compared with what the others have reported so far."""
 
 
 @dataclass(frozen=True)

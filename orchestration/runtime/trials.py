@@ -184,7 +184,7 @@ def _scheduler(plan: Plan, watcher: Watcher) -> TrialScheduler:
 
         return PopulationBasedTraining(
             time_attr=TIME, perturbation_interval=chosen.interval, quantile_fraction=chosen.quantile, custom_explore_fn=explore,
-            log_config=False, require_attrs=False,
+            synch=chosen.synchronous, log_config=False, require_attrs=False,
         )  # fmt: skip
     return FIFOScheduler()
 
