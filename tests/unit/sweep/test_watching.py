@@ -58,7 +58,7 @@ def test_asha_sees_those_that_ended_again_as_replays(tmp_path: Path) -> None:
     assert (watcher.count, watcher.replays) == (1, 2)
     assert [(point.number, point.replay) for point in asked(watcher)] == [(0, True), (1, True), (2, False)]
     watcher.ended(1, None)
-    assert records.trial(tmp_path, 1).status == "stopped"
+    assert (records.trial(tmp_path, 1).status, records.trial(tmp_path, 1).reason) == ("stopped", "it did"), "it ended before"
 
 
 def test_failed_trials_are_run_again_when_asked_for(tmp_path: Path) -> None:
