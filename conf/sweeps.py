@@ -104,6 +104,6 @@ class Sweep(Settings):
     concurrency: Count | None
     """Trials at a time at most; null: as many as the planner fits on the cluster. With PBT all take turns."""
     driver_cpus: Annotated[float, Gt(0), Lt(64)]
-    """CPUs that Tune reserves for a trial's driver, beside those of its roles."""
+    """CPUs that Tune reserves for a trial's driver, beside those of its roles; with `runtime=local` it is all there is, and has 1."""
     retry_failed: bool
     """Whether trials that failed are run again when the sweep goes on; if not, they stay with their reason."""
