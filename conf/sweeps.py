@@ -46,6 +46,9 @@ class PBT(Settings):
     """Probability of drawing a value anew; otherwise those of ranges are multiplied or divided by `factor`, and choices move by one."""
     factor: Annotated[float, Gt(1)]
     """How far a value of a range is moved."""
+    synchronous: bool
+    """Whether trials wait for each other at each interval: all are compared at the same step, but each stops and starts again. If not, a
+    trial is compared with what the others have reported so far."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,6 @@ class Sweep(Settings):
     concurrency: Count | None
     """Trials at a time at most; null: as many as the planner fits on the cluster. With PBT all take turns."""
     driver_cpus: Annotated[float, Gt(0), Lt(64)]
-    """CPUs that Tune reserves for a trial's driver, beside those of its roles."""
+    """CPUs that Tune reserves for a trial's driver, beside those of its roles; with `runtime=local` it is all there is, and has 1."""
     retry_failed: bool
     """Whether trials that failed are run again when the sweep goes on; if not, they stay with their reason."""

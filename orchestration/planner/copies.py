@@ -12,6 +12,8 @@ from orchestration.planner.plan import USABLE, plan
 
 MOST = 1024
 """Copies that are looked for at most."""
+DRIVER_BYTES = 800 << 20
+"""Memory of a driver's process: torch and transformers, and the corpus."""
 
 
 def trial_bundles(config: Config) -> list[Bundle]:
@@ -19,13 +21,18 @@ def trial_bundles(config: Config) -> list[Bundle]:
     return bundles(config.placement, config.roles_of_ppo()) if config.runtime == "ray" else []
 
 
+def driver_of(config: Config, cpus: float) -> float:
+    """CPUs of a run's driver: with `runtime=local` it computes as well, and has one at least."""
+    return cpus if config.runtime == "ray" else max(cpus, 1.0)
+
+
 def copies(config: Config, nodes: Sequence[Node], driver: float, most: int = MOST) -> int:
     """Runs that fit at a time, by CPUs, GPUs and, as the planner has it, memory.
 
     Args:
-        driver: CPUs of each run's driver.
+        driver: CPUs of each run's driver, where it only coordinates.
     """
-    wanted = [Bundle(driver, 0.0, ()), *trial_bundles(config)]
+    wanted = [Bundle(driver_of(config, driver), 0.0, ()), *trial_bundles(config)]
     room = [(node.cpus, node.gpus) for node in nodes]
     placed = 0
     while placed < most and not unplaced(wanted * (placed + 1), room):
@@ -34,14 +41,15 @@ def copies(config: Config, nodes: Sequence[Node], driver: float, most: int = MOS
 
 
 def _by_memory(config: Config, nodes: Sequence[Node], most: int) -> int:
-    """Runs whose roles fit into the nodes' memory, and where runs share GPUs into that of those; all of them where memory is unknown."""
-    if config.runtime == "local":
-        return most
+    """Runs that fit into the nodes' memory, and where they share GPUs into that of those; one at least, since whether a single one fits is
+    for preflight to say."""
+    if config.runtime == "local":  # one process, for small models
+        return max(int(sum(node.host_memory for node in nodes) * USABLE) // (2 * DRIVER_BYTES), 1)
     part = plan(dataclasses.replace(config, stage="ppo"), nodes, timed=False).parts[0]
     there = max(sum(1 for placed in part.layout.placed if placed.bundles), 1)
-    found = int(sum(node.host_memory for node in nodes) * USABLE) // max(part.host * there, 1)
+    found = int(sum(node.host_memory for node in nodes) * USABLE) // (part.host * there + DRIVER_BYTES)
     devices = sum(len(placed.devices) for placed in part.layout.placed)
     if part.device and devices:
         each = int(min(node.gpu_memory for node in nodes if node.gpus) * USABLE) // part.device
         found = min(found, int(sum(node.gpus for node in nodes)) * each // devices)
-    return min(found, most)
+    return max(min(found, most), 1)

@@ -9,6 +9,7 @@ A trial's placement group has its driver in the first bundle; its roles find the
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from conf.sweeps import ASHA, FIFO, PBT
 from orchestration.bundles import Bundle
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its CSV, JSON and TensorBoard files
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its own table, which `verbose=0` does not wholly silence
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep as it ends a run
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths are absolute, and processes start where the driver did
 
@@ -95,8 +97,8 @@ class Watcher(Protocol):
     def reported(self, number: int, figures: dict[str, float]) -> None:
         """A trial has reported."""
 
-    def ended(self, number: int, failure: str | None) -> None:
-        """A trial is done, was stopped, or failed."""
+    def ended(self, number: int, failure: str | None, trace: str = "") -> None:
+        """A trial is done, was stopped, or failed; `failure` is the reason in a sentence."""
 
     def explored(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values for a trial that takes over the weights of one with these (PBT)."""
@@ -123,6 +125,7 @@ class Plan:
 
 def fit(plan: Plan, watcher: Watcher) -> None:
     """Run the trials that the watcher gives, to their end. The cluster must be connected."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # why a trial failed is in its folder
     shutil.rmtree(plan.folder / TUNE, ignore_errors=True)
     population = isinstance(plan.scheduler, PBT)
     space, asked = {}, None
@@ -181,7 +184,7 @@ def _scheduler(plan: Plan, watcher: Watcher) -> TrialScheduler:
 
         return PopulationBasedTraining(
             time_attr=TIME, perturbation_interval=chosen.interval, quantile_fraction=chosen.quantile, custom_explore_fn=explore,
-            log_config=False, require_attrs=False,
+            synch=chosen.synchronous, log_config=False, require_attrs=False,
         )  # fmt: skip
     return FIFOScheduler()
 
@@ -243,7 +246,7 @@ class _Told(tune.Callback):
         self.watcher().ended(int(str(trial)), None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.watcher().ended(int(str(trial)), _reason(trial))
+        self.watcher().ended(int(str(trial)), _reason(trial), str(trial.get_error() or ""))
 
 
 def _reason(trial: Any) -> str:

@@ -20,6 +20,8 @@ from orchestration.sweep.trial import Task
 
 COLOURS = colormaps["viridis"]
 TICKS = 5
+BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+"""Behind figures that lines may cross."""
 
 
 def write(folder: Path, space: Space, found: Sequence[Trial], task: Task, winner: Trial | None, weights: dict[str, float]) -> None:
@@ -110,7 +112,7 @@ def _ticks(dimension: Dimension) -> list[tuple[float, str]]:
 def _axis(axes: Axes, at: int, ticks: Sequence[tuple[float, Any]]) -> None:
     axes.axvline(at, color="0.3", linewidth=1)
     for height, text in ticks:
-        axes.annotate(text, (at, height), textcoords="offset points", xytext=(4, -3), fontsize=8)
+        axes.annotate(text, (at, height), textcoords="offset points", xytext=(4, -3), fontsize=8, zorder=4, bbox=BEHIND)
 
 
 def _importance(weights: dict[str, float]) -> Figure:

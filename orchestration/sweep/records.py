@@ -1,7 +1,7 @@
 """What a sweep has done, on disk: the only truth that it goes on from. Tune's own files are thrown away at each start.
 
 runs/<sweep>/  sweep.json (what it is of)  base/  judge/  trials/  best.yaml  trials.csv  summary.json  *.png
-trials/007/    trial.json (values, status, reason: written by the sweep)
+trials/007/    trial.json (values, status, reason: written by the sweep; error.txt where it failed)
                points.jsonl (what the judge measured), lineage.jsonl (PBT: whose weights it took over): written by the trial
                and the folder is the run directory of its PPO
 """
@@ -74,8 +74,10 @@ class Trial:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "trial.json", {"number": self.number, "values": values, "status": "running", "started": time.time()})
 
-    def end(self, status: str, reason: str = "") -> None:
-        """Note how it ended."""
+    def end(self, status: str, reason: str = "", trace: str = "") -> None:
+        """Note how it ended; what the program said goes to error.txt."""
+        if trace:
+            (self.folder / "error.txt").write_text(trace, encoding="utf-8")
         write_json(self.folder / "trial.json", self._entry | {"status": status, "reason": reason, "ended": time.time()})
 
     def measured(self, at: Point) -> None:

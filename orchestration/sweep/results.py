@@ -81,12 +81,18 @@ def best_yaml(winner: Trial, task: Task, words: Sequence[str]) -> str:
     notes = [
         f"# The best trial of {task.folder.name}: {winner.name}, judge {last.score:.4g}, KL {last.kl:.3g} of {task.kl_budget:.3g}.",
         "# A whole run with its settings, and any other words after them:",
-        f"#   chatray run @{task.folder.name}/best.yaml run_dir=runs/best",
+        f"#   chatray run @{_short(task.folder)}/best.yaml run_dir=runs/best",
     ]
     if winner.lineage():
         notes.append("# PBT changed its settings on the way (lineage in summary.json); these are its last ones.")
     lines = [*kept, *(as_word(key, value) for key, value in winner.values.items())]
     return "\n".join([*notes, *(f"- {_quoted(line)}" for line in lines)]) + "\n"
+
+
+def _short(folder: Path) -> str:
+    """From where the command was given, as far as it is below there."""
+    here = os.environ.get("PWD", ".")
+    return os.path.relpath(folder, here) if folder.is_relative_to(here) else str(folder)
 
 
 def _quoted(word: str) -> str:
@@ -99,7 +105,7 @@ def show(found: dict[str, Any], folder: Path) -> None:
     console.print(found["table"])
     if found["importance"]:
         console.print(f"importance ({found['importance_method']}): " + ", ".join(f"{k} {v:.2f}" for k, v in found["importance"].items()))
-    short = os.path.relpath(folder, os.environ.get("PWD", "."))
+    short = _short(folder)
     if found["best"]:
         console.print(f"best: trial {found['best']}; run its settings: chatray run @{short}/best.yaml run_dir=runs/best", soft_wrap=True)
     console.print(f"plots, trials.csv and summary.json are in {short}", soft_wrap=True)

@@ -18,7 +18,7 @@ from conf.sweeps import Sweep
 from orchestration import config as configuration
 from orchestration import preflight, recipe
 from orchestration.errors import RequestError, RunError
-from orchestration.planner.copies import copies, trial_bundles
+from orchestration.planner.copies import copies, driver_of, trial_bundles
 from orchestration.runtime import facts
 from orchestration.runtime.cluster import Connection
 from orchestration.runtime.trials import Plan, fit
@@ -59,6 +59,7 @@ class Request:
         plain = {section: settings[section] for section in DECIDES}
         for section in plain.keys() & recipe.NO_PART.keys():
             plain[section] = {key: value for key, value in (plain[section] or {}).items() if key not in recipe.NO_PART[section]}
+        plain["longest"] = self.config.engine.longest
         own = {key: value for key, value in dataclasses.asdict(self.sweep).items() if key not in MAY_CHANGE}
         return {"sweep": own | {"space": [dataclasses.asdict(dimension) for dimension in self.space.dimensions]}, "runs": plain}
 
@@ -185,7 +186,7 @@ def trials(asked: Request, task: Task, nodes: Sequence[Any]) -> None:
         fit(
             Plan(
                 functools.partial(run_trial, task), asked.folder, sweeping.count + sweeping.replays, config.ppo.steps, concurrency,
-                sweep.driver_cpus, trial_bundles(config), sweep.scheduler,
+                driver_of(config, sweep.driver_cpus), trial_bundles(config), sweep.scheduler,
             ),
             sweeping,
         )  # fmt: skip

@@ -68,7 +68,7 @@ def cells(which: Trial, task: Task) -> list[str]:
     remark = which.reason or _remark(which, task)
     return [
         which.name, which.status, f"{last.step if last else 0}/{task.config.ppo.steps}", f"{last.score:.3f}" if last else "",
-        f"{last.kl:.2f}" if last else "", " ".join(f"{key}={shown(value)}" for key, value in values.items()), remark,
+        f"{last.kl:.2f}" if last else "", " ".join(f"{key.removeprefix('ppo.')}={shown(value)}" for key, value in values.items()), remark,
     ]  # fmt: skip
 
 
@@ -81,7 +81,9 @@ def _remark(which: Trial, task: Task) -> str:
 
 def table(found: Sequence[Trial], task: Task, best: Trial | None = None) -> Drawn:
     """All trials; the best one in bold."""
-    drawn = Drawn(*COLUMNS)
+    drawn = Drawn()
+    for name in COLUMNS:
+        drawn.add_column(name, overflow="fold")
     for which in found:
         style = "bold green" if best and which.number == best.number else STEPS_OF_STATUS[which.status]
         drawn.add_row(*cells(which, task), style=style)

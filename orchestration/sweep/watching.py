@@ -69,14 +69,14 @@ class Sweeping:
     def reported(self, number: int, figures: dict[str, float]) -> None:
         self.table.show()
 
-    def ended(self, number: int, failure: str | None) -> None:
+    def ended(self, number: int, failure: str | None, trace: str = "") -> None:
         """Note how, once: trials that only replay have ended before."""
         which = trial(self.task.folder, number)
         if which.status in ENDED:
             return
         points = which.points()
         if failure is not None:
-            which.end("failed", failure)
+            which.end("failed", failure, trace)
         elif self.task.is_done(which):
             which.end("finished")
         else:

@@ -96,9 +96,14 @@ def test_a_sweep_with_more_trials_tells_asha_of_those_before_without_running_the
 
 
 def test_a_bad_trial_goes_on_from_the_weights_of_a_good_one_with_other_values(tmp_path: Path, models: list[str]) -> None:
-    interval = ["sweep.scheduler.interval=2", "sweep.scheduler.quantile=0.5", "sweep.scheduler.resample=1.0"]
+    interval = [
+        "sweep.scheduler.interval=2",
+        "sweep.scheduler.synchronous=true",
+        "sweep.scheduler.quantile=0.5",
+        "sweep.scheduler.resample=1.0",
+    ]
     sweep(
-        tmp_path, *models, *ALONE, *KL_DECIDES, *SLOW_FIRST, *interval, "sweep=ppo_pbt", "ppo.steps=8", "sweep.every=2", "sweep.trials=2",
+        tmp_path, *models, *ALONE, *KL_DECIDES, *SLOW_FIRST, *interval, "sweep=ppo_pbt", "ppo.steps=4", "sweep.every=2", "sweep.trials=2",
         codes=ANY,
     )  # fmt: skip
     good, bad = (records.trial(tmp_path / "sweep", number) for number in (0, 1))
@@ -194,5 +199,6 @@ def test_a_trial_that_fails_is_kept_with_its_reason_and_not_repeated(tmp_path: P
     found = rows(tmp_path)
     assert found["000"]["best"] and found["001"]["status"] == "failed"
     assert "ppo.minibatches" in found["001"]["why_not"] and "RequestError" in found["001"]["why_not"], said
+    assert "Traceback" in (tmp_path / "sweep/trials/001/error.txt").read_text()
     assert "every trial has ended" in sweep(tmp_path, *words)
     assert rows(tmp_path) == found

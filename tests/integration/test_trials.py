@@ -77,6 +77,7 @@ def test_a_trial_is_a_whole_run_judged_by_a_source_that_weighs_nothing(task: Tas
     run(task, Point(0, which.values), told)
     assert [(report["step"], report["last"]) for report in told.reports] == [(2, False), (4, True)]
     assert [at.step for at in which.points()] == [0, 2, 4]
+    assert task.config.logging.wandb_group == "sweep"
     assert task.is_done(which) and (which.folder / "round_01/ppo/checkpoint/config.json").exists()
     settings = json.loads((which.folder / "manifest.json").read_text())["stages"]["ppo"]["identity"]["settings"]["ppo"]
     assert settings["lr"] == 1e-3

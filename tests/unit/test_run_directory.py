@@ -217,3 +217,25 @@ def test_the_last_state_is_the_one_of_the_highest_step_beyond_six_digits_too(sta
     commit(stage, 999_999)
     commit(stage, 1_000_000)
     assert stage.last().step == 1_000_000
+
+
+def test_another_runs_commit_becomes_the_only_one_and_the_stage_starts_under_any_settings(tmp_path: Path) -> None:
+    one, other = RunDirectory(tmp_path / "one", 2), RunDirectory(tmp_path / "other", 2)
+    for run, text in ((one, "mine"), (other, "theirs")):
+        run.path.mkdir()
+        run.begin("ppo", IDENTITY)
+        for step in (2, 4):
+            (run.stage("ppo").begin_state(step) / "weights").write_text(f"{text} {step}")
+            run.stage("ppo").seal_state(step, {"beta": 0.1})
+            run.stage("ppo").append({"step": step, "who": text})
+    theirs = other.stage("ppo").resume_points()[0]
+    taken = one.take_over("ppo", theirs.folder, lambda memory: {"beta": memory["beta"] * 3})
+    (point,) = one.stage("ppo").resume_points()
+    assert (point.step, point.folder, point.memory) == (2, taken.folder, {"beta": pytest.approx(0.3)})
+    assert (point.folder / "weights").read_text() == "theirs 2"
+    assert [row["step"] for row in read_records(one.stage("ppo").metrics)] == [2]
+    assert not one.is_complete("ppo", {"settings": "others"}) and len(other.stage("ppo").resume_points()) == 2
+    (theirs.folder / "weights").unlink()
+    with pytest.raises(RequestError, match="not a whole commit"):
+        one.take_over("ppo", theirs.folder, lambda memory: memory)
+    assert one.stage("ppo").last().step == 2

@@ -80,6 +80,7 @@ def test_best_yaml_stands_for_words_that_run(sweep: tuple[Task, Space], capsys: 
     assert cli.main(["config", f"@{task.folder}/best.yaml", "run_dir=mine"]) == 0
     shown = capsys.readouterr().out
     assert "lr: 4.0e-05" in shown and "beta: 0.02" in shown and "epochs: 4" in shown and "seed: 4" in shown and "agreement: 0.7" in shown
+    assert (task.folder / "best.yaml").read_text().count("ppo.lr=") == 1
     assert "elsewhere" not in shown and "gone" not in shown and "/mine" in shown
 
 

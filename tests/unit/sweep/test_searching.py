@@ -22,6 +22,7 @@ def test_random_values_belong_to_a_trial_whatever_was_asked_before() -> None:
     first = [one.ask(number) for number in range(6)]
     assert [other.ask(number) for number in reversed(range(6))] == first[::-1]
     assert Random(SPACE, 4).ask(0) != first[0]
+    assert len({values["ppo.lr"] for values in first}) == 6
 
 
 def test_optuna_learns_what_is_good() -> None:
