@@ -7,7 +7,8 @@ settings of the project's other baselines (C = 10); `tuned` chooses C in each fo
 it chooses by inner folds of the training rows. Figures are average precision: `any` of the categories; each category on the rows where it
 is known; their mean (`macro`); and all rows and categories in one list (`micro`).
 
-The interval is that of tests/benchmarks/preferences.py (Nadeau and Bengio 2003). A fold that is in the file of results is not measured again.
+The interval is that of tests/benchmarks/preferences.py (Nadeau and Bengio 2003). A fold that is in the file of results is not measured
+again.
 """
 
 from __future__ import annotations
