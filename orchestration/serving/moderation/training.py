@@ -87,7 +87,7 @@ def train(data: Labelled, seed: int = 0, harmless: Sequence[str] = ()) -> Linear
     standard = (apart - middle) / spread
     names = [ANY, *(name for name in data.categories if name != ANY)]
     blends = {ANY: _best(BLENDS[ANY], names[:1], data, standard), "categories": _best(BLENDS["categories"], names[1:], data, standard)}
-    whole = _fit(everything, texts, seed)
+    whole = fitted(everything, texts, seed)
     report: dict[str, Any] = {"rows": rows, "harmless": len(harmless), "left_out": left_out, "seed": seed}
     report |= {"blends": {name: list(blend) for name, blend in blends.items()}, "measured": {}, "thresholds": {}, "false_alarms": {}}
     shares = np.zeros((len(names), len(MODELS), len(names)))  # [head, model, category]: factor of each standardised score
@@ -115,7 +115,7 @@ def out_of_fold(data: Labelled, texts: Sequence[str], seed: int) -> np.ndarray:
     """[N, C, 3]: scores of each row by models that were learned without it."""
     found = np.zeros((len(texts), len(data.categories), len(MODELS)))
     for learn, test in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(texts, strata(data)):
-        found[test] = _fit(data.select(learn), [texts[i] for i in learn], seed).scores([texts[i] for i in test])
+        found[test] = fitted(data.select(learn), [texts[i] for i in learn], seed).scores([texts[i] for i in test])
     return found
 
 
@@ -142,7 +142,8 @@ def strata(data: Labelled) -> np.ndarray:
     return found
 
 
-def _fit(data: Labelled, texts: Sequence[str], seed: int) -> Fit:
+def fitted(data: Labelled, texts: Sequence[str], seed: int) -> Fit:
+    """Every model of every category; `texts` are those of the data, through `normal`."""
     features, x = Features.learned(texts)
     spell = x[:, : features.characters]
     basis = _directions(x, seed)
