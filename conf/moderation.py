@@ -18,8 +18,8 @@ class Moderation(Settings):
     """The moderator, and its thresholds."""
 
     kind: Literal["off", "trained", "huggingface", "openai"] = "trained"
-    """`trained`: a classifier that `chatray moderation train` wrote, or the one that chatray comes with. `huggingface`: any text-classification
-    model. `openai`: a service with OpenAI's `/v1/moderations`. `off`: nothing is moderated."""
+    """`trained`: a classifier that `chatray moderation train` wrote, or the one that chatray comes with. `huggingface`: any model for text
+    classification. `openai`: a service with OpenAI's `/v1/moderations`. `off`: nothing is moderated."""
     path: str | None = None
     """trained: the model's file; null takes the one that chatray comes with. huggingface: a folder, or a name on the hub."""
     url: Annotated[str, StringConstraints(pattern=r"^https?://")] | None = None
@@ -29,10 +29,10 @@ class Moderation(Settings):
     key_env: str | None = None
     """openai: environment variable with the service's key, read where the moderator runs; the key itself is written nowhere."""
     labels: dict[str, str] = field(default_factory=dict)
-    """huggingface: from the model's labels to categories; labels that are not named are left out, none at all keeps every label as it is."""
+    """huggingface: from the model's labels to categories; labels without one are left out; {} keeps every label as it is."""
     thresholds: Thresholds = field(default_factory=dict)
-    """By category, scores from which a text is let through with a notice (`warn`) and from which it is not (`block`); a category that is
-    not named does neither. Empty: those that come with the trained classifier; the other kinds warn at 0.5 and block at 0.9."""
+    """By category, scores from which a text is let through with a notice (`warn`) and from which it is not (`block`); a category without
+    them does neither. Empty: those that come with the trained classifier; the other kinds warn at 0.5 and block at 0.9."""
     on_error: Literal["block", "allow"] = "block"
     """openai: what happens to a text that the service gave no scores for. `block` (fail closed): an error, so that the request is refused.
     `allow` (fail open): it passes unmoderated, with a line in the log."""

@@ -206,7 +206,9 @@ def _jobs(words: Sequence[str]) -> None:
 
 def _moderation(words: Sequence[str]) -> None:
     if words[:1] not in (["train"], ["evaluate"]):
-        raise RequestError(f"moderation {' '.join(words[:1])}: no such command; there are: chatray moderation train, chatray moderation evaluate")
+        raise RequestError(
+            f"moderation {' '.join(words[:1])}: no such command; there are: chatray moderation train, chatray moderation evaluate"
+        )
     defaults: dict[str, str | None] = {"data": None, "model": "default"}
     if words[0] == "train":
         defaults = {"data": None, "out": None, "harmless": "none", "seed": "0"}

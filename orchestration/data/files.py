@@ -45,8 +45,10 @@ class Entry:
     sample: Sample
 
     @property
-    def conversation(self) -> tuple[str, str]:
-        return self.account.source, self.sample.conversation
+    def conversation(self) -> str:
+        """Rows of several parts that name the same conversation are held out together: an answer that one part demonstrates may be what
+        another compares."""
+        return self.sample.conversation
 
     @property
     def prefers(self) -> bool:
@@ -132,10 +134,10 @@ class FilesSource:
         """Entries to learn from and held-out ones, shuffled: preferences first, then dialogues where those gave too few, and texts."""
         rng = random.Random(f"held out {self.seed}")
         shuffled = rng.sample(entries, len(entries))
-        conversations: dict[tuple[str, str], list[Entry]] = {}
+        conversations: dict[str, list[Entry]] = {}
         for entry in shuffled:
             conversations.setdefault(entry.conversation, []).append(entry)
-        apart: set[tuple[str, str]] = set()
+        apart: set[str] = set()
         preferences = dialogues = 0
         for name, members in conversations.items():
             if preferences < self.data.heldout_preferences and any(e.prefers for e in members):

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.moderation ../shared/data/moderation
 
-Both are refitted in each fold on the same rows, and see nothing else. `fixed` is logistic regression on character n-grams with the settings
-of the project's other baselines (C = 10); `tuned` chooses C in each fold by inner folds. Everything that our training chooses, it chooses by
-inner folds of the training rows. Figures are average precision: `any` of the categories; each category on the rows where it is known; their
-mean (`macro`); and all rows and categories in one list (`micro`).
+Both are refitted in each fold on the same rows, and see nothing else. `fixed` is logistic regression on character n-grams with the
+settings of the project's other baselines (C = 10); `tuned` chooses C in each fold by inner folds. Everything that our training chooses,
+it chooses by inner folds of the training rows. Figures are average precision: `any` of the categories; each category on the rows where it
+is known; their mean (`macro`); and all rows and categories in one list (`micro`).
 
-The interval is that of tests/benchmarks/preferences.py (Nadeau and Bengio 2003). A repeat that is in the file of results is not run again.
+The interval is that of tests/benchmarks/preferences.py (Nadeau and Bengio 2003). A fold that is in the file of results is not measured
+again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from orchestration.serving.moderation.training import strata, train
 from tests.benchmarks.preferences import FOLDS, interval
 
 Scores = dict[str, np.ndarray]
+Figures = dict[str, dict[str, float]]
 FIXED = 10.0
 GRID = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -42,10 +45,10 @@ def baseline(learn: Labelled, test: Labelled, names: list[str], tune: bool) -> S
         known = np.flatnonzero(~np.isnan(learn.labels[:, column]))
         y = learn.labels[known, column]
         model = LogisticRegression(C=FIXED, class_weight="balanced", max_iter=1000)
-        if tune:  # liblinear's dual for the search only: it is the same model but for a penalty on the intercept, and many times faster
-            fast = LogisticRegression(class_weight="balanced", solver="liblinear", dual=True, max_iter=1000)
+        if tune:  # by liblinear's dual: the same model but for a penalty on the intercept, and many times faster
+            model = LogisticRegression(class_weight="balanced", solver="liblinear", dual=True, max_iter=1000, random_state=0)
             folds = StratifiedKFold(min(5, int(y.sum())), shuffle=True, random_state=0)
-            model.C = GridSearchCV(fast, {"C": GRID}, scoring="average_precision", cv=folds).fit(x[known], y).best_params_["C"]
+            model = GridSearchCV(model, {"C": GRID}, scoring="average_precision", cv=folds)
         found[name] = model.fit(x[known], y).decision_function(new)
     return found
 
@@ -79,20 +82,23 @@ def precisions(scores: Scores, test: Labelled, names: list[str]) -> dict[str, fl
     return found
 
 
-def repeat(data: Labelled, number: int) -> list[dict[str, dict[str, float]]]:
-    """Figures of the five folds of one repeat."""
+def splits(data: Labelled, repeats: range) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, rows to learn from, rows to measure on) of each fold; its repeat's number seeds it."""
+    for number in repeats:
+        for fold, (learn, test) in enumerate(StratifiedKFold(FOLDS, shuffle=True, random_state=number).split(data.texts, strata(data))):
+            yield f"{number}.{fold}", learn, test
+
+
+def measured(data: Labelled, learn: np.ndarray, test: np.ndarray) -> Figures:
+    """Figures of one fold."""
     names = [name for i, name in enumerate(data.categories) if np.nansum(data.labels[:, i]) >= FOLDS]
-    found = []
-    for learn, test in StratifiedKFold(FOLDS, shuffle=True, random_state=number).split(data.texts, strata(data)):
-        seen, new = data.select(learn), data.select(test)
-        scores, milliseconds = ours(seen, new)
-        by = {"ours": scores, "fixed": baseline(seen, new, names, False), "tuned": baseline(seen, new, names, True)}
-        found.append({who: precisions(given, new, names) for who, given in by.items()} | {"time": {"milliseconds": milliseconds}})
-        print(number, {who: round(figures[ANY], 4) for who, figures in found[-1].items() if who != "time"}, flush=True)
-    return found
+    seen, new = data.select(learn), data.select(test)
+    scores, milliseconds = ours(seen, new)
+    by = {"ours": scores, "fixed": baseline(seen, new, names, False), "tuned": baseline(seen, new, names, True)}
+    return {who: precisions(given, new, names) for who, given in by.items()} | {"time": {"milliseconds": milliseconds}}
 
 
-def table(folds: list[dict[str, dict[str, float]]]) -> str:
+def table(folds: list[Figures]) -> str:
     """Markdown: each figure, ours and the baselines', and the paired differences."""
     lines = ["| average precision | ours | TF-IDF, fixed | ours − fixed | TF-IDF, tuned | ours − tuned |", "|---|---|---|---|---|---|"]
     names = list(dict.fromkeys(name for fold in folds for name in fold["ours"]))
@@ -113,18 +119,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="number of the first repeat, which seeds its folds")
     parser.add_argument("--out", default="runs/bench-moderation.json", help="results so far")
-    parser.add_argument("--at-most", type=int, default=0, help="repeats to run now; 0: all that are missing")
     wanted = parser.parse_args()
-    data, file, run = read_labelled(Path(wanted.data)).with_any(), Path(wanted.out), 0
-    results = json.loads(file.read_text()) if file.exists() else {}
-    for number in range(wanted.first, wanted.first + wanted.repeats):
-        if str(number) in results or (wanted.at_most and run >= wanted.at_most):
-            continue
-        results[str(number)], run = repeat(data, number), run + 1
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results))
-    folds = [fold for number in range(wanted.first, wanted.first + wanted.repeats) for fold in results.get(str(number), [])]
-    print(f"{len(data.texts)} texts, {len(folds)} folds, our median time {np.median([f['time']['milliseconds'] for f in folds]):.1f} ms a text")
+    data, file = read_labelled(Path(wanted.data)).with_any(), Path(wanted.out)
+    results: dict[str, Figures] = json.loads(file.read_text()) if file.exists() else {}
+    folds = []
+    for name, learn, test in splits(data, range(wanted.first, wanted.first + wanted.repeats)):
+        if name not in results:
+            results[name] = measured(data, learn, test)
+            print(name, {who: round(figures[ANY], 4) for who, figures in results[name].items() if who != "time"}, flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(results))
+        folds.append(results[name])
+    milliseconds = np.median([fold["time"]["milliseconds"] for fold in folds])
+    print(f"{len(data.texts)} texts, {len(folds)} folds, our median time {milliseconds:.1f} ms a text")
     print(table(folds))
 
 

@@ -12,7 +12,15 @@ import pytest
 from tests.unit.serving.test_feedback_rows import filled
 
 TINY = ("scale.layers=1", "scale.width=16", "scale.heads=2", "scale.feed_forward=32", "scale.vocabulary=400", "scale.context=96")
-QUICK = ("runtime=local", "placement=cpu", "model.dtype=fp32", "data.heldout=8", "data.heldout_preferences=16", "sft.steps=3", "reward_model.steps=3")
+QUICK = (
+    "runtime=local",
+    "placement=cpu",
+    "model.dtype=fp32",
+    "data.heldout=8",
+    "data.heldout_preferences=16",
+    "sft.steps=3",
+    "reward_model.steps=3",
+)
 PPO = ("ppo.steps=2", "ppo.batch=8", "ppo.minibatches=1", "ppo.max_new_tokens=8", "evaluate.prompts=8", "evaluate.max_new_tokens=8")
 
 

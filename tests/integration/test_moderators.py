@@ -128,7 +128,11 @@ def service() -> Iterator[Service]:
 
 
 def scored(body: dict[str, Any]) -> dict[str, Any]:
-    return {"results": [{"flagged": "kill" in text, "category_scores": {"violence": 0.95 if "kill" in text else 0.01}} for text in body["input"]]}
+    return {
+        "results": [
+            {"flagged": "kill" in text, "category_scores": {"violence": 0.95 if "kill" in text else 0.01}} for text in body["input"]
+        ]
+    }
 
 
 def test_a_service_is_asked_in_batches_with_the_key_from_the_environment(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +144,10 @@ def test_a_service_is_asked_in_batches_with_the_key_from_the_environment(service
     moderator = open_moderator(settings)
     found = moderator.scores(["good morning", "kill", "bread"])
     assert [decide(scores, thresholds_of(settings, moderator)).action for scores in found] == ["allow", "block", "allow"]
-    assert [asked["body"] for asked in service.asked] == [{"input": ["good morning", "kill"], "model": "omni"}, {"input": ["bread"], "model": "omni"}]
+    assert [asked["body"] for asked in service.asked] == [
+        {"input": ["good morning", "kill"], "model": "omni"},
+        {"input": ["bread"], "model": "omni"},
+    ]
     assert {asked["key"] for asked in service.asked} == {"Bearer sesame"}
 
 
@@ -153,7 +160,8 @@ def test_an_overloaded_service_is_asked_again(service: Service) -> None:
 
 BROKEN: list[Any] = [
     (500, b"", {}), (401, b"", {}), (200, b"not json", {}), (200, {"results": []}, {}), (200, {"results": [{"category_scores": {}}]}, {}),
-    (200, {"results": [{"category_scores": {"hate": 7}}]}, {}), (200, b'{"results": [{"category_scores": {"hate": NaN}}]}', {}), (200, [], {}),
+    (200, {"results": [{"category_scores": {"hate": 7}}]}, {}), (200, b'{"results": [{"category_scores": {"hate": NaN}}]}', {}),
+    (200, [], {}),
 ]  # fmt: skip
 
 

@@ -320,7 +320,11 @@ def test_a_lost_connection_is_made_anew(store: Store) -> None:
     conversation = store.new_conversation("anna").id
     if store.engine.dialect.name == "postgresql":
         with store.engine.connect() as connection:
-            connection.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"))
+            connection.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
+                )
+            )
             connection.rollback()
     else:
         store.engine.dispose()

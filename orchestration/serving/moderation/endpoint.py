@@ -3,10 +3,9 @@
     POST <url>   {"input": ["…", "…"], "model": "…"}
     200          {"results": [{"category_scores": {"hate": 0.01, …}}, …]}
 
-A connection that fails, a try that takes too long, and the answers 408, 429 and 5xx are tried again, with waits that double; `Retry-After` in
-seconds is heeded up to the try's own timeout. What then has no scores is refused or let through, as `moderation.on_error` says; an answer that
-is not of this form counts as none.
-"""
+A connection that fails, a try that takes too long, and the answers 408, 429 and 5xx are tried again, with waits that double;
+`Retry-After` in seconds is heeded up to the try's own timeout. What then has no scores is refused or let through, as
+`moderation.on_error` says; an answer that is not of this form counts as none."""
 
 from __future__ import annotations
 

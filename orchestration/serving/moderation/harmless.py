@@ -1,5 +1,5 @@
-"""Everyday texts that no category is true of, from the data that models are trained on: so that a classifier learned from public forums does
-not take a short question for an attack.
+"""Everyday texts that no category is true of, from the data that models are trained on: so that a classifier learned from public forums
+does not take a short question for an attack.
 
     harmless=everyday,world,instructions:PATH,messages:PATH,taskmaster:PATH
 

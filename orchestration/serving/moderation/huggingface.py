@@ -1,9 +1,8 @@
 """Any Hugging Face text-classification model as a moderator.
 
-A model that says of itself that it is `multi_label_classification`, or that has one label, gives each label its own sigmoid; the others give a
-softmax over all labels, as transformers' own pipeline does. A text longer than the window is scored in windows that overlap by an eighth, and
-each label's highest score counts.
-"""
+A model that says of itself that it is `multi_label_classification`, or that has one label, gives each label its own sigmoid; the others
+give a softmax over all labels, as transformers' own pipeline does. A text longer than the window is scored in windows that overlap by an
+eighth, and each label's highest score counts."""
 
 from __future__ import annotations
 

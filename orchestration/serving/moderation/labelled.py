@@ -2,8 +2,8 @@
 
     {"text": "…", "hate": 1, "violence": 0}
 
-`"any": 0` says that no category is true of a text. The short names of openai/moderation-api-release are understood: H, H2, HR, SH, S, S3, V, V2.
-"""
+`"any": 0` says that no category is true of a text. The short names of openai/moderation-api-release are understood: H, H2, HR, SH, S, S3,
+V, V2."""
 
 from __future__ import annotations
 

@@ -95,7 +95,9 @@ def measure(model: LinearModel, data: Labelled) -> tuple[dict[str, dict[str, Any
 
 
 def _show(rows: dict[str, dict[str, Any]], title: str) -> None:
-    table = Table("category", "true / known", "average precision", "warn from", "precision, recall", "block from", "precision, recall", title=title)
+    table = Table(
+        "category", "true / known", "average precision", "warn from", "precision, recall", "block from", "precision, recall", title=title
+    )
     for name, row in rows.items():
         cells = [name, f"{row['true']} / {row['known']}", f"{row['average_precision']:.3f}" if "average_precision" in row else "–"]
         for action in ("warn", "block"):

@@ -40,7 +40,9 @@ class Off:
     """Lets everything through."""
 
     def __init__(self) -> None:
-        self.name, self.categories, self.defaults = "off", tuple[str, ...](), dict[str, dict[str, float]]()
+        self.name = "off"
+        self.categories: tuple[str, ...] = ()
+        self.defaults: Limits = {}
 
     def scores(self, texts: Sequence[str]) -> list[dict[str, float]]:
         return [{} for _ in texts]
@@ -77,11 +79,14 @@ def thresholds_of(settings: Moderation, moderator: Moderator) -> Limits:
     """
     unknown = sorted(set(settings.thresholds) - set(moderator.categories))
     if unknown and moderator.categories:
-        raise RequestError(f"moderation.thresholds: {', '.join(unknown)}: no such category; {moderator.name} has {', '.join(moderator.categories)}")
+        raise RequestError(
+            f"moderation.thresholds: {', '.join(unknown)}: no such category; {moderator.name} has {', '.join(moderator.categories)}"
+        )
     for category, limits in settings.thresholds.items():
         if limits.get("block", 1.0) < limits.get("warn", 0.0):
             raise RequestError(f"moderation.thresholds.{category}: blocks from {limits['block']} on, below its warning at {limits['warn']}")
-    return settings.thresholds or moderator.defaults
+    given: Limits = {category: {str(action): limit for action, limit in limits.items()} for category, limits in settings.thresholds.items()}
+    return given or moderator.defaults
 
 
 def fixed(categories: Sequence[str]) -> Limits:

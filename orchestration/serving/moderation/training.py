@@ -1,16 +1,16 @@
 """Learning the classifier from labelled texts.
 
-For each category, and for `any` of them, three linear models on TF-IDF are learned from the rows where it is known:
+For each category, and for `any` of them, three models on TF-IDF are learned from the rows where it is known:
 
     lr    logistic regression on character n-grams
-    nb    logistic regression on character n-grams scaled by their log-count ratios (Wang and Manning 2012, "Baselines and Bigrams")
+    nb    logistic regression on character n-grams scaled by their log-count ratios (Wang and Manning 2012, "Baselines and Bigrams"), each
+          text's brought to length 1
     lsa   logistic regression on the leading singular vectors of character and word n-grams (Deerwester et al. 1990)
 
-Their scores outside their own training rows (`FOLDS` inner folds) are standardised and added up; in a category's sum that of `any` has a place
-too, since most categories have few true rows. With which weights is chosen from `BLENDS` by average precision on these scores, once for `any` and
-once for all categories together. Platt's (1999) scaling makes them probabilities. Everything is linear in TF-IDF, so the result is one
-weight per n-gram and category. No row outside the training rows decides anything.
-"""
+Their scores outside their own training rows (`FOLDS` inner folds) are standardised and added up; in a category's sum that of `any` has a
+place too, since most categories have few true rows. With which weights is chosen from `BLENDS` by average precision on these scores, once
+for `any` and once for all categories together. Platt's (1999) scaling makes them probabilities. No row outside the training rows decides
+anything."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from scipy.sparse.linalg import svds
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import normalize
 
 from orchestration.errors import RequestError
 from orchestration.serving.moderation.features import Features, normal
 from orchestration.serving.moderation.labelled import ANY, Labelled, text_number
-from orchestration.serving.moderation.linear import LinearModel
+from orchestration.serving.moderation.linear import LinearModel, NaiveBayes
 
 FOLDS = 5
 FEWEST = 5
@@ -40,24 +41,31 @@ DIRECTIONS = 100
 PRODUCTS = 4000
 """Rows up to which all products of two rows are held in memory."""
 MODELS = ("lr", "nb", "lsa")
+LR, NB, LSA = range(3)
 BLENDS = {
-    ANY: ((0, 1, 0), (0, 1, 1), (1, 1, 0), (1, 1, 1), (0, 2, 1), (0, 1, 2)),
-    "categories": ((1, 0, 0, 0), (1, 0, 0, 0.5), (2, 1, 0, 0.5), (2, 1, 1, 0.5), (1, 0, 1, 0.5), (1, 1, 1, 1)),
+    ANY: ((1, 1, 1), (1, 2, 1), (1, 2, 2), (2, 2, 1)),
+    "categories": ((1, 0, 0, 0.5), (2, 1, 0, 0.5), (2, 1, 1, 0.5), (1, 1, 1, 0.5), (1, 1, 1, 1)),
 }
-"""Weights that are tried, of `lr`, `nb`, `lsa` and, for categories, of `any`."""
+"""Weights that are tried, of `lr`, `nb`, `lsa` and, for categories, of `any`. No model is left out of a sum altogether where that would
+make the sum hang on one of them: with few true rows, what is best by chance is often not best."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was learned from some rows: weights [F] and bias of every head and model."""
+    """What was learned from some rows, for each category."""
 
     features: Features
-    heads: dict[str, tuple[np.ndarray, np.ndarray]]
-    """By category: weights [F, 3] and biases [3], of `MODELS`."""
+    weights: np.ndarray
+    """[F, C, 2], of `lr` and `lsa`."""
+    bias: np.ndarray
+    """[C, 2]."""
+    bayes: NaiveBayes
 
-    def scores(self, x: csr_matrix) -> dict[str, np.ndarray]:
-        """[N, 3] by category."""
-        return {name: x @ weights + bias for name, (weights, bias) in self.heads.items()}
+    def scores(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, C, 3] of texts that went through `normal`; the last axis is that of `MODELS`."""
+        x = self.features.of(texts)
+        lr, lsa = (x @ self.weights[:, :, i] + self.bias[:, i] for i in range(2))
+        return np.stack([lr, self.bayes.scores(x[:, : self.features.characters]), lsa], axis=-1)
 
 
 def train(data: Labelled, seed: int = 0, harmless: Sequence[str] = ()) -> LinearModel:
@@ -75,37 +83,39 @@ def train(data: Labelled, seed: int = 0, harmless: Sequence[str] = ()) -> Linear
     everything = Labelled((*data.texts, *harmless), data.categories, np.pad(data.labels, ((0, len(harmless)), (0, 0))))
     texts = [normal(text) for text in everything.texts]
     apart = out_of_fold(everything, texts, seed)
-    measured = {name: scores[:rows] for name, scores in apart.items()}
-    centred = {name: _standard(scores) for name, scores in measured.items()}
-    blends = {ANY: _best_blend(BLENDS[ANY], [ANY], data, centred)}
-    blends["categories"] = _best_blend(BLENDS["categories"], [name for name in data.categories if name != ANY], data, centred)
-    whole = _fit(everything, texts, seed)
-    weights, biases = [], []
+    middle, spread = apart[:rows].mean(axis=0), apart[:rows].std(axis=0) + 1e-9
+    standard = (apart - middle) / spread
+    names = [ANY, *(name for name in data.categories if name != ANY)]
+    blends = {ANY: _best(BLENDS[ANY], names[:1], data, standard), "categories": _best(BLENDS["categories"], names[1:], data, standard)}
+    whole = fitted(everything, texts, seed)
     report: dict[str, Any] = {"rows": rows, "harmless": len(harmless), "left_out": left_out, "seed": seed}
     report |= {"blends": {name: list(blend) for name, blend in blends.items()}, "measured": {}, "thresholds": {}, "false_alarms": {}}
+    shares = np.zeros((len(names), len(MODELS), len(names)))  # [head, model, category]: factor of each standardised score
+    shift = np.zeros(len(names))
     for column, name in enumerate(data.categories):
         known = np.flatnonzero(~np.isnan(data.labels[:, column]))
-        w, b, scores = _combined(name, whole, apart, rows, blends)
-        scale, shift = _platt(scores[known], data.labels[known, column])
-        weights.append(w * scale)
-        biases.append(b * scale + shift)
-        p = 1 / (1 + np.exp(-(scores * scale + shift)))
+        blend = _shares(blends[ANY if name == ANY else "categories"], column, len(names))
+        scores = np.einsum("nhm,hm->n", standard, blend)
+        scale, shift[column] = _platt(scores[known], data.labels[known, column])
+        shares[:, :, column] = blend * scale
+        p = 1 / (1 + np.exp(-(scores * scale + shift[column])))
         report["measured"][name], limits = chosen(data.labels[known, column], p[known])
         report["thresholds"][name] = limits
         if harmless:
             report["false_alarms"][name] = {n: round(float((p[rows:] >= limits[n]).mean()), 4) for n in ("warn", "block") if n in limits}
+    factors = shares / spread[:, :, None]
+    plain = factors[:, [LR, LSA], :]
+    weights = np.einsum("fhm,hmc->fc", whole.weights, plain)
+    bias = shift + np.einsum("hm,hmc->c", whole.bias, plain) - np.einsum("hm,hmc->c", middle, factors)
     seen = np.array(sorted({text_number(text) for text in everything.texts}), dtype=np.int64)
-    return LinearModel(whole.features, data.categories, np.stack(weights, axis=1), np.array(biases), report, seen)
+    return LinearModel(whole.features, data.categories, weights, bias, whole.bayes, factors[:, NB, :], report, seen)
 
 
-def out_of_fold(data: Labelled, texts: Sequence[str], seed: int) -> dict[str, np.ndarray]:
-    """[N, 3] by category: scores of each row by models that were learned without it."""
-    found = {name: np.zeros((len(texts), len(MODELS))) for name in data.categories}
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(texts, strata(data))
-    for learn, test in folds:
-        fit = _fit(data.select(learn), [texts[i] for i in learn], seed)
-        for name, scores in fit.scores(fit.features.of([texts[i] for i in test])).items():
-            found[name][test] = scores
+def out_of_fold(data: Labelled, texts: Sequence[str], seed: int) -> np.ndarray:
+    """[N, C, 3]: scores of each row by models that were learned without it."""
+    found = np.zeros((len(texts), len(data.categories), len(MODELS)))
+    for learn, test in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(texts, strata(data)):
+        found[test] = fitted(data.select(learn), [texts[i] for i in learn], seed).scores([texts[i] for i in test])
     return found
 
 
@@ -132,29 +142,31 @@ def strata(data: Labelled) -> np.ndarray:
     return found
 
 
-def _fit(data: Labelled, texts: Sequence[str], seed: int) -> Fit:
+def fitted(data: Labelled, texts: Sequence[str], seed: int) -> Fit:
+    """Every model of every category; `texts` are those of the data, through `normal`."""
     features, x = Features.learned(texts)
     spell = x[:, : features.characters]
     basis = _directions(x, seed)
     latent = x @ basis
     mean, deviation = latent.mean(axis=0), latent.std(axis=0) + 1e-9
-    heads = {}
-    for column, name in enumerate(data.categories):
+    count = len(data.categories)
+    weights, bias = np.zeros((x.shape[1], count, 2), dtype=np.float32), np.zeros((count, 2))
+    ratio, scaled = np.zeros((2, features.characters, count), dtype=np.float32)
+    scaled_bias = np.zeros(count)
+    for column in range(count):
         known = np.flatnonzero(~np.isnan(data.labels[:, column]))
         y = data.labels[known, column]
         if len(set(y)) < 2:  # a fold without a true row
-            heads[name] = np.zeros((x.shape[1], len(MODELS))), np.zeros(len(MODELS))
             continue
         lr = _logistic(spell[known], y, 10.0)
-        ratio = log_count_ratio(spell[known], y)
-        nb = _logistic(spell[known] @ diags(ratio), y, 0.1)
+        weights[: features.characters, column, 0], bias[column, 0] = lr.coef_[0], lr.intercept_[0]
+        ratio[:, column] = log_count_ratio(spell[known], y)
+        nb = _logistic(normalize(spell[known] @ diags(ratio[:, column])), y, 1.0)
+        scaled[:, column], scaled_bias[column] = nb.coef_[0], nb.intercept_[0]
         lsa = LogisticRegression(C=0.001, class_weight="balanced").fit((latent[known] - mean) / deviation, y)
-        weights = np.zeros((x.shape[1], len(MODELS)), dtype=np.float32)
-        weights[: spell.shape[1], 0], weights[: spell.shape[1], 1] = lr.coef_[0], nb.coef_[0] * ratio
-        weights[:, 2] = basis @ (lsa.coef_[0] / deviation)
-        bias = [lr.intercept_[0], nb.intercept_[0], lsa.intercept_[0] - lsa.coef_[0] @ (mean / deviation)]
-        heads[name] = weights, np.array(bias)
-    return Fit(features, heads)
+        weights[:, column, 1] = basis @ (lsa.coef_[0] / deviation)
+        bias[column, 1] = lsa.intercept_[0] - lsa.coef_[0] @ (mean / deviation)
+    return Fit(features, weights, bias, NaiveBayes(ratio, scaled, scaled_bias))
 
 
 def _directions(x: csr_matrix, seed: int) -> np.ndarray:
@@ -180,48 +192,26 @@ def log_count_ratio(x: csr_matrix, y: np.ndarray) -> np.ndarray:
     return np.log(true / true.sum()) - np.log(false / false.sum())
 
 
-def _standard(scores: np.ndarray) -> np.ndarray:
-    return (scores - scores.mean(axis=0)) / (scores.std(axis=0) + 1e-9)
-
-
-def _best_blend(blends: Sequence[Sequence[float]], names: Sequence[str], data: Labelled, centred: dict[str, np.ndarray]) -> Sequence[float]:
+def _best(blends: Sequence[Sequence[float]], names: Sequence[str], data: Labelled, standard: np.ndarray) -> Sequence[float]:
     """The blend with the highest mean average precision over these categories; the first of equals."""
-    means = [np.mean([_precision(name, data, _sum(blend, name, centred)) for name in names]) if names else 0.0 for blend in blends]
+    columns = [data.categories.index(name) for name in names]
+    means = [float(np.mean([_precision(blend, column, data, standard) for column in columns])) if columns else 0.0 for blend in blends]
     return blends[int(np.argmax(means))]
 
 
-def _sum(blend: Sequence[float], name: str, centred: dict[str, np.ndarray]) -> np.ndarray:
-    total = centred[name] @ np.array(blend[: len(MODELS)])
-    return total + blend[len(MODELS)] * _any_of(centred) if len(blend) > len(MODELS) else total
+def _precision(blend: Sequence[float], column: int, data: Labelled, standard: np.ndarray) -> float:
+    known = np.flatnonzero(~np.isnan(data.labels[:, column]))
+    scores = np.einsum("nhm,hm->n", standard[known], _shares(blend, column, len(data.categories)))
+    return float(average_precision_score(data.labels[known, column], scores))
 
 
-def _any_of(centred: dict[str, np.ndarray]) -> np.ndarray:
-    """How much a text looks as if any category were true of it, for the categories' own sums."""
-    return centred[ANY][:, 1:].sum(axis=1) / 2
-
-
-def _precision(name: str, data: Labelled, scores: np.ndarray) -> float:
-    labels = data.labels[:, data.categories.index(name)]
-    known = ~np.isnan(labels)
-    return float(average_precision_score(labels[known], scores[known]))
-
-
-def _combined(
-    name: str, whole: Fit, apart: dict[str, np.ndarray], rows: int, blends: dict[str, Sequence[float]]
-) -> tuple[np.ndarray, float, np.ndarray]:
-    """Weights [F] and bias of a blend, and its out-of-fold scores [N]; standardised as those of the first `rows` are."""
-    blend = blends[ANY if name == ANY else "categories"]
-    parts = [(name, model, blend[model]) for model in range(len(MODELS))]
-    if name != ANY:
-        parts += [(ANY, model, blend[len(MODELS)] / 2) for model in (1, 2)]
-    weights, bias, scores = np.zeros(whole.heads[name][0].shape[0]), 0.0, np.zeros(len(apart[name]))
-    for head, model, share in parts:
-        of = apart[head][:, model]
-        middle, factor = of[:rows].mean(), share / (of[:rows].std() + 1e-9)
-        weights += whole.heads[head][0][:, model] * factor
-        bias += (whole.heads[head][1][model] - middle) * factor
-        scores += (of - middle) * factor
-    return weights, bias, scores
+def _shares(blend: Sequence[float], column: int, count: int) -> np.ndarray:
+    """[C, 3]: the weight of every head's scores in one category's sum. `any` is the first head; its `nb` and `lsa` share its place."""
+    found = np.zeros((count, len(MODELS)))
+    found[column] = blend[: len(MODELS)]
+    if len(blend) > len(MODELS):
+        found[0, [NB, LSA]] += blend[len(MODELS)] / 2
+    return found
 
 
 def _platt(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -155,9 +155,8 @@ class Conversations(Transactions):
     ) -> Message | None:
         """Cut a conversation before a message, and say something else there (None: nothing, the turn is to be written anew).
 
-        The role stays what it was unless another is given. Answers that were recorded with `record_answer`, and feedback on them, stay: that
-        a turn was regenerated is what a choice between its answers is about.
-        """
+        The role stays what it was unless another is given. Answers that were recorded with `record_answer`, and feedback on them, stay:
+        that a turn was regenerated is what a choice between its answers is about."""
         fresh = None if content is None else _fresh(role or "user", content, model, extra)
 
         def work(session: Session) -> Message | None:

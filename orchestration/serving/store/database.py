@@ -1,9 +1,8 @@
 """The connection: SQLite or PostgreSQL by URL, its schema brought up to date, and writes that outlast a lock.
 
-SQLite runs in WAL mode, so that readers and the one writer do not wait for each other; a write takes its lock at once (`BEGIN IMMEDIATE`),
-since a lock that is taken later can fail with no wait at all. What is deleted is overwritten (`secure_delete`), and the log is emptied after
-deletions (`shred`).
-"""
+SQLite runs in WAL mode, so that readers and the one writer do not wait for each other; a write takes its lock at once (`BEGIN
+IMMEDIATE`), since a lock that is taken later can fail with no wait at all. What is deleted is overwritten (`secure_delete`), and the log
+is emptied after deletions (`shred`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Feedback as rows to train on, in the formats `messages` and `rankings` that `data=` reads; `conf/data/feedback.yaml` names both folders, and `experiment=feedback` trains on them.
+"""Feedback as rows to train on, in the formats `messages` and `rankings` that `data=` reads; `conf/data/feedback.yaml` names both
+folders, and `experiment=feedback` trains on them.
 
     thumbs up on an answer           a demonstration
     thumbs up and down, same prompt  one comparison of all these answers, the liked ones before the others
@@ -95,7 +96,7 @@ def export_and_show(url: str, folder: Path) -> None:
     if len(there) == len(FILES):
         print(f"To train on them: chatray run experiment=feedback data.path={folder} model.path=<the model that was served>")
     elif there:
-        print(f"To train on them, give the experiment: data=feedback data.path={folder} \"data.mix=[{there[0]}]\"")
+        print(f'To train on them, give the experiment: data=feedback data.path={folder} "data.mix=[{there[0]}]"')
     for name in missed:
         print(f"{name}: holds rows that were withdrawn since, and is not on this machine or cannot be written; delete it there")
 

@@ -1,8 +1,7 @@
 """The store of the chat service: conversations, answers, feedback and audits, in SQLite or PostgreSQL.
 
-Synchronous; the service calls it in a thread, from as many as it likes. Each method is one transaction. A database that is locked or away is
-tried again for `wait` seconds, then `StoreBusy` is raised and nothing was written.
-"""
+Synchronous; the service calls it in a thread, from as many as it likes. Each method is one transaction. A database that is locked or away
+is tried again for `wait` seconds, then `StoreBusy` is raised and nothing was written."""
 
 from __future__ import annotations
 
