@@ -3,6 +3,8 @@
     chatray run experiment=quickstart [stage=… from=… any.setting=value …]
     chatray report run=runs/NAME
     chatray chat run=runs/NAME [stage=ppo]
+    chatray serve run=runs/NAME [stage=ppo,sft] | checkpoint=PATH [serving.…=… any setting] [--yaml] (an OpenAI-compatible service)
+    chatray key name=NAME [file=keys.yaml] (a new API key)
     chatray config experiment=… (the resolved configuration)
     chatray doctor [ray.address=…] [--json] (what this machine or cluster has, and what is wrong with it)
     chatray plan [any.setting=value …] [--json] (does it fit, and where; exit code 1: it does not)
@@ -126,6 +128,27 @@ def _chat(words: Sequence[str]) -> None:
     talk(Path(options["run"]).resolve(), options["stage"], temperature, _whole(options, "seed"))
 
 
+def _serve(words: Sequence[str]) -> None:
+    from orchestration.serving.launch import as_yaml, launch
+
+    wanted = launch([word for word in words if word != "--yaml"])
+    if "--yaml" in words:
+        print(as_yaml(wanted), end="")
+        return
+    _quiet()
+    from orchestration.serving.start import start
+
+    start(wanted)
+
+
+def _key(words: Sequence[str]) -> None:
+    options = _options(words, {"name": None, "file": "keys.yaml"})
+    from orchestration.serving.keys import make_key
+
+    key = make_key(Path(options["file"]), options["name"])
+    print(f"{options['name']}: {key}\nIt is stored nowhere and cannot be shown again; {options['file']} has its SHA-256.")
+
+
 def _doctor(words: Sequence[str]) -> None:
     from orchestration import config as configuration
 
@@ -193,7 +216,8 @@ def _quiet() -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
-    "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data,
+    "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data, "serve": _serve,
+    "key": _key,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from orchestration import config as configuration
 from orchestration.data.chat import Chat, learn_tokenizer
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.serving.app import create_app
-from orchestration.serving.judging import Judge, in_process
+from orchestration.serving.judging import in_process, nobody
 from orchestration.serving.keys import Keys
 from orchestration.serving.metrics import PrometheusMetrics
 from orchestration.serving.prompts import HiddenPrompt
@@ -105,13 +105,6 @@ class WordModerator:
     def scores(self, texts: Sequence[str]) -> list[dict[str, float]]:
         self.seen += texts
         return [{"violence": 0.9 if "kill" in text else 0.5 if "fight" in text else 0.01} for text in texts]
-
-
-def nobody() -> Judge:
-    async def ask(texts: list[str]) -> list[dict[str, float]]:
-        return [{} for _ in texts]
-
-    return Judge("off", (), ask, {})
 
 
 def service(

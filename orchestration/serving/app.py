@@ -11,13 +11,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from orchestration.serving.api.routes import plain, v1
 from orchestration.serving.api.streaming import ClientLeft
 from orchestration.serving.errors import ApiError, failed
-from orchestration.serving.guarding import Guarding
+from orchestration.serving.guarding import Guarding, Origins
 from orchestration.serving.service import Service
 
 logger = logging.getLogger("chatray.serving")
@@ -25,25 +24,23 @@ LEFT = 499
 """The status that nginx notes for a client that did not wait; nobody receives it."""
 
 
-def create_app(service: Service) -> FastAPI:
-    """The app of a service. The chat page and feedback are further routers (`app.include_router`)."""
+def create_app(service: Service | None = None) -> FastAPI:
+    """The app of a service; `app.state.service` may be set, and replaced, later. The chat page and feedback are further routers
+    (`app.include_router`)."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await service.settle()
+        if app.state.service is not None:
+            await app.state.service.settle()
 
     app = FastAPI(title="chatray", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.include_router(v1)
     app.include_router(plain)
     _answer_errors(app)
-    app.add_middleware(Guarding, service=service)
-    if service.settings.cors:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(service.settings.cors), allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type"],
-        )  # fmt: skip
+    app.add_middleware(Guarding)
+    app.add_middleware(Origins)
     return app
 
 

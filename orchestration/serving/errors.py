@@ -17,11 +17,19 @@ class ApiError(Exception):
         self.retry_after = retry_after
         """Seconds after which to try again."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors of replicas reach the ingress pickled."""
+        return _restored, (self.status, self.message, self.kind, self.param, self.code, self.retry_after)
+
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
+
+
+def _restored(status: int, message: str, kind: str, param: str | None, code: str | None, retry_after: float | None) -> ApiError:
+    return ApiError(status, message, kind=kind, param=param, code=code, retry_after=retry_after)
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -66,3 +74,11 @@ def engine_lost() -> ApiError:
 
 def out_of_time(seconds: float) -> ApiError:
     return ApiError(504, f"The reply was not complete after {seconds:g} seconds.", kind="server_error", code="timeout")
+
+
+def unmoderated() -> ApiError:
+    """Nothing passes that the moderator has not seen."""
+    return ApiError(
+        503, "The moderation of this server does not answer; try again later.", kind="server_error", code="moderation_unavailable",
+        retry_after=2.0,
+    )  # fmt: skip

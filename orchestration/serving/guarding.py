@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,16 +27,17 @@ UNLIMITED = ("/health", "/metrics")
 
 
 class Guarding:
-    """The outermost layer."""
+    """The layer around all endpoints."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
+        service: Service = scope["app"].state.service
         status = 500
 
         async def sent(message: Message) -> None:
@@ -49,29 +51,45 @@ class Guarding:
 
         try:
             try:
-                self._admit(scope)
-                await self.app(scope, _limited(scope, receive, self.service.settings.limits.body_bytes), sent)
+                self._admit(scope, service)
+                await self.app(scope, _limited(scope, receive, service.settings.limits.body_bytes), sent)
             except ApiError as error:
                 await JSONResponse(error.body(), error.status, error.headers())(scope, receive, sent)
         finally:
             route = scope.get("route")
-            self.service.metrics.count("chatray_requests", path=getattr(route, "path", "other"), status=str(status))
+            service.metrics.count("chatray_requests", path=getattr(route, "path", "other"), status=str(status))
 
-    def _admit(self, scope: Scope) -> None:
+    def _admit(self, scope: Scope, service: Service) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if scope["path"] in OPEN_PATHS or not self._guarded(scope["path"]):
-            scope["chatray.owner"] = self.service.keys.everybody
+            scope["chatray.owner"] = service.keys.everybody
             return
-        owner = self.service.keys.owner(headers.get(b"authorization", b"").decode("latin-1") or None)
+        owner = service.keys.owner(headers.get(b"authorization", b"").decode("latin-1") or None)
         scope["chatray.owner"] = owner
         if scope["path"] not in UNLIMITED:
-            self.service.quotas.admit(owner)
+            service.quotas.admit(owner)
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.service.settings.limits.body_bytes:
-            raise _too_large(self.service.settings.limits.body_bytes)
+        if not length.isdigit() or int(length) > service.settings.limits.body_bytes:
+            raise _too_large(service.settings.limits.body_bytes)
 
     def _guarded(self, path: str) -> bool:
         return path.startswith("/v1/") or path == "/metrics"
+
+
+class Origins:
+    """Lets pages of the origins of `serving.cors` call the API; without any, this layer does nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origins = scope["app"].state.service.settings.cors if scope["type"] == "http" else ()
+        app = self.app
+        if origins:
+            app = CORSMiddleware(
+                app, allow_origins=list(origins), allow_methods=["GET", "POST", "DELETE"], allow_headers=["authorization", "content-type"]
+            )
+        await app(scope, receive, send)
 
 
 def _too_large(limit: int) -> ApiError:

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from orchestration.serving.moderation.moderators import Moderator, decide
+from orchestration.serving.errors import unmoderated
+from orchestration.serving.moderation.moderators import Limits, ModerationError, Moderator, decide
 from orchestration.serving.moderation.verdict import Verdict
 
 Scores = dict[str, float]
@@ -25,24 +26,28 @@ class Judge:
     name: str
     categories: tuple[str, ...]
     ask: Callable[[list[str]], Awaitable[list[Scores]]]
-    thresholds: dict
+    thresholds: Limits
+    on: bool = True
 
     def __post_init__(self) -> None:
         self.waiting: list[tuple[str, asyncio.Future[Scores]]] = []
         self.asking: asyncio.Task[None] | None = None
 
-    @property
-    def on(self) -> bool:
-        return bool(self.categories)
-
     async def scores(self, texts: Sequence[str]) -> list[Scores]:
-        """Scores of each text. Texts of several callers that come while the moderator is at work are its next batch."""
+        """Scores of each text. Texts of several callers that come while the moderator is at work are its next batch.
+
+        Raises:
+            ApiError: 503, the moderator gave none.
+        """
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in texts]
         self.waiting += zip(texts, futures, strict=True)
         if self.asking is None:
             self.asking = loop.create_task(self._work())
-        return list(await asyncio.gather(*futures))
+        try:
+            return list(await asyncio.gather(*futures))
+        except ModerationError:
+            raise unmoderated() from None
 
     async def _work(self) -> None:
         try:
@@ -70,10 +75,19 @@ class Judge:
         return max(found, key=lambda verdict: (ORDER.index(verdict.action), max(verdict.scores.values(), default=0.0)))
 
 
-def in_process(moderator: Moderator, thresholds: dict) -> Judge:
+def in_process(moderator: Moderator, thresholds: Limits) -> Judge:
     """A moderator in a thread of this process."""
 
     async def ask(texts: list[str]) -> list[Scores]:
         return await asyncio.to_thread(moderator.scores, texts)
 
     return Judge(moderator.name, tuple(moderator.categories), ask, thresholds)
+
+
+def nobody() -> Judge:
+    """No moderation: everything is allowed."""
+
+    async def ask(texts: list[str]) -> list[Scores]:
+        return [{} for _ in texts]
+
+    return Judge("off", (), ask, {}, on=False)
