@@ -98,12 +98,13 @@ async def ask(service: Service, owner: Owner, form: ChatForm) -> Asked:
     refuse_unsupported(form)
     model = service.model(form.model)
     names = _tools(form, model)
-    check_sizes(service, len(form.messages), messages_of(form), form.n or 1)
+    own = messages_of(form)
+    check_sizes(service, len(form.messages), own, form.n or 1)
     if form.top_logprobs is not None and not form.logprobs:
         raise refused("top_logprobs: only allowed when 'logprobs' is true", "top_logprobs")
     if form.top_logprobs and model.hidden:
         raise unsupported("top_logprobs", "what this model did not say is not told; logprobs without it are")
-    own = messages_of(form)
+    service.log("chat", owner, [message.content for message in own])
     kept = await Kept.of(service, owner, form) if form.conversation is not None else None
     longest = room_for_reply(service, model, form.max_completion_tokens or form.max_tokens)
     window = fitted(kept.before(own) if kept else own, model.chat, model.hidden, model.context - longest)

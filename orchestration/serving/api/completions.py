@@ -98,6 +98,7 @@ async def ask(service: Service, owner: Owner, form: CompletionForm) -> AskedText
         longest, 1.0 if form.temperature is None else form.temperature, form.top_p or 1.0, logprobs=form.logprobs
     )  # fmt: skip
     said = [text for text, _ in prompts]
+    service.log("completions", owner, said)
     secret = model.hidden.secret.known(said)
     for text, ids in prompts:
         whole = _around(ids, model)
