@@ -20,8 +20,9 @@ CONFINED = {
     "deepspeed": ["actors/engine.py"],
     "hydra": ["orchestration/config.py"],
     "omegaconf": ["orchestration/config.py"],
-    "ray": ["orchestration/runtime/"],
-    "vllm": ["actors/rollout_vllm.py"],
+    "ray": ["orchestration/runtime/", "orchestration/serving/deployments.py"],
+    "ray.serve": ["orchestration/serving/deployments.py"],
+    "vllm": ["actors/rollout_vllm.py", "actors/serving/vllm_engine.py"],
 }
 """Each package, and the files or folders that may import it."""
 

@@ -2,8 +2,9 @@
 
 Texts are compared by their letters and digits alone, and once more by their letters alone (numbered lists), without case, accents and
 compatibility forms (NFKD), so spaces, line breaks, punctuation, markup and invisible characters between them do not help. They are read
-forwards and backwards. A paraphrase, a translation, a cipher, or other words between its words are not seen. What the client itself wrote is no secret: n-grams of the client's texts are left out, which also
-keeps the filter from confirming guesses.
+forwards and backwards. A paraphrase, a translation, a cipher, or other words between its words are not seen.
+
+What the client itself wrote is no secret: n-grams of the client's texts are left out, which also keeps the filter from confirming guesses.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Guard:
 
     def push(self, text: str) -> None:
         """Read on."""
-        if self.readers:
+        if self.readers and self.broken is None:
             whole, bare = self.readers[0], self.readers[-1]
             for letter, place in letters(text):
                 whole.read(letter, self.length + place)

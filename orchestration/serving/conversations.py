@@ -14,7 +14,7 @@ from orchestration.serving.errors import refused
 from orchestration.serving.judging import ALLOWED
 from orchestration.serving.keys import Owner
 from orchestration.serving.moderation.verdict import Verdict
-from orchestration.serving.service import Service, ServedModel
+from orchestration.serving.service import ServedModel, Service
 
 if TYPE_CHECKING:
     from orchestration.serving.api.forms import ChatForm

@@ -82,7 +82,7 @@ class RemoteEngine:
         self.stream = handle.options(stream=True)
 
     async def submit(self, request: Request) -> AsyncIterator[Delta]:
-        response = self.stream.generate.remote(request)
+        response: Any = self.stream.generate.remote(request)
         ended = False
         try:
             async for delta in response:
@@ -111,7 +111,6 @@ class RemoteEngine:
             return False
 
 
-@serve.deployment
 class Engine:
     """A replica with a model."""
 
@@ -160,7 +159,6 @@ class Engine:
             self.loop.close()
 
 
-@serve.deployment
 class Moderation:
     """A replica that judges texts."""
 
@@ -184,13 +182,16 @@ class Moderation:
         return self.moderator.name, tuple(self.moderator.categories), self.thresholds
 
 
+def deployed(kind: type) -> Any:
+    """A class as a deployment, whose options are still to come."""
+    return serve.deployment(kind)
+
+
 def bare_app() -> FastAPI:
     """The app; its service comes with the first `reconfigure`, before any request."""
     return create_app()
 
 
-@serve.deployment
-@serve.ingress(bare_app)
 class Ingress:
     """A replica that speaks HTTP."""
 
@@ -220,7 +221,7 @@ class Ingress:
         if self.moderation is None:
             return nobody()
         handle = self.moderation
-        name, categories, defaults = await handle.about.remote()
+        name, categories, thresholds = await handle.about.remote()
 
         async def ask(texts: list[str]) -> list[Scores]:
             try:
@@ -228,7 +229,8 @@ class Ingress:
             except (BackPressureError, RayTaskError, *LOST) as cause:
                 raise ModerationError(type(cause).__name__) from None
 
-        return Judge(name, tuple(categories), ask, settings.moderation.thresholds or defaults)
+        chosen: Any = settings.moderation.thresholds or thresholds  # those of the settings, though its replicas be late
+        return Judge(name, tuple(categories), ask, chosen)
 
     async def _live(self) -> bool:
         return all(await asyncio.gather(*(engine.well() for engine in self.engines.values())))
@@ -251,13 +253,15 @@ def application(wanted: Launch) -> serve.Application:
     for number, spec in enumerate(wanted.models):
         name = engine_name(number)
         config = {"checkpoint": spec.checkpoint, "version": spec.version, "revision": settings.revision}
-        engines[spec.name] = Engine.options(name=name, user_config=config, **given[name]).bind(_of_engine(plain))
+        engines[spec.name] = deployed(Engine).options(name=name, user_config=config, **given[name]).bind(_of_engine(plain))
     moderation = None
     if "Moderation" in given:
         config = {"moderation": plain["moderation"], "revision": settings.revision}
-        moderation = Moderation.options(name="Moderation", user_config=config, **given["Moderation"]).bind()
+        moderation = deployed(Moderation).options(name="Moderation", user_config=config, **given["Moderation"]).bind()
     config = {"serving": plain, "models": as_plain(wanted.models)}
-    return Ingress.options(name="Ingress", user_config=config, **given["Ingress"]).bind(engines, moderation)
+    return (
+        deployed(serve.ingress(bare_app)(Ingress)).options(name="Ingress", user_config=config, **given["Ingress"]).bind(engines, moderation)
+    )
 
 
 def _of_engine(plain: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +273,9 @@ def _of_engine(plain: dict[str, Any]) -> dict[str, Any]:
 def run(wanted: Launch) -> None:
     """Serve on the connected cluster until interrupted; SIGHUP reads checkpoint, prompts and keys again, without dropping a request."""
     deploy(wanted)
-    print(f"serving {', '.join(spec.name for spec in wanted.models)} at http://{wanted.settings.host}:{wanted.settings.port}/v1", flush=True)
+    print(
+        f"serving {', '.join(spec.name for spec in wanted.models)} at http://{wanted.settings.host}:{wanted.settings.port}/v1", flush=True
+    )
     ended, again, revision = threading.Event(), threading.Event(), wanted.settings.revision
     _signals(ended, again)
     while not ended.wait(0.2):
@@ -301,11 +307,3 @@ def stop() -> None:
     """End the application, its requests drained, and Serve."""
     serve.delete(APP)
     serve.shutdown()
-
-
-def replicas() -> dict[str, int]:
-    """Running replicas by deployment."""
-    app = serve.status().applications[APP]
-    return {name: deployment.replica_states.get("RUNNING", 0) for name, deployment in app.deployments.items()}
-
-

@@ -19,7 +19,7 @@ from orchestration.serving.judging import ALLOWED
 from orchestration.serving.keys import Owner
 from orchestration.serving.moderation.verdict import Verdict
 from orchestration.serving.replies import Piece
-from orchestration.serving.service import Service, ServedModel
+from orchestration.serving.service import ServedModel, Service
 from orchestration.serving.window import Window, fitted
 from orchestration.serving.writing import Job, interleaved, jobs, judged_input, together
 
@@ -244,7 +244,7 @@ async def complete(service: Service, asked: Asked) -> dict[str, Any]:
             found.append(choice)
             if asked.form.logprobs and not blocked:
                 logprobs[index] = chat_logprobs([t for piece in reply.pieces for t in piece.tokens], asked.model.chat.token_text)
-    message = [await choice.keep() for choice in found][0]
+    message = await found[0].keep()  # a kept conversation has one choice
     choices = [
         {"index": choice.index, "message": choice.message(), "logprobs": logprobs[choice.index], "finish_reason": choice.finish}
         for choice in found
@@ -298,4 +298,3 @@ def _chunk(asked: Asked, head: Head, choice: Choice, delta: dict[str, Any], logp
     return event(
         head.body([{"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": choice.finish}], **further)
     )  # fmt: skip
-

@@ -49,7 +49,9 @@ def shown_words(text: str, secret: str) -> int:
     return max((len(run) for run in runs if "".join(run) in plain or "".join(run)[::-1] in plain), default=0)
 
 
-RECITING = ScriptedEngine(lambda prompt: SPOKEN + next(RECITALS[way](s) for s in SECRETS for way in RECITALS if f"{way}: {s[:3]}" in prompt) + END)
+RECITING = ScriptedEngine(
+    lambda prompt: SPOKEN + next(RECITALS[way](s) for s in SECRETS for way in RECITALS if f"{way}: {s[:3]}" in prompt) + END
+)
 SECRETS, END = (BEFORE, AFTER), " That is all."
 
 
@@ -94,7 +96,10 @@ def test_the_model_reads_it_and_the_client_never_does(caplog: pytest.LogCaptureF
     engine = ScriptedEngine(lambda prompt: SPOKEN + BEFORE)
     seen: list[str] = []
     chosen = settings(log_prompts=True)
-    with served(engine, hidden=HIDDEN, with_settings=chosen, context=600) as (url, service), httpx.Client(base_url=url, timeout=30) as asked:
+    with (
+        served(engine, hidden=HIDDEN, with_settings=chosen, context=600) as (url, service),
+        httpx.Client(base_url=url, timeout=30) as asked,
+    ):
         conversation = asked.post("/v1/conversations", json={"title": "t"}).json()["id"]
         chat_body = {"model": "tiny", "messages": ASK, "max_tokens": 200}
         bodies = [
@@ -115,7 +120,8 @@ def test_the_model_reads_it_and_the_client_never_does(caplog: pytest.LogCaptureF
         ]
         answers = [asked.post(path, json=body) for path, body in bodies]
         answers += [asked.get(path) for path in (
-            "/v1/models", "/v1/models/tiny", "/openapi.json", "/metrics", "/health", "/v1/conversations", f"/v1/conversations/{conversation}",
+            "/v1/models", "/v1/models/tiny", "/openapi.json", "/metrics", "/health", "/v1/conversations",
+            f"/v1/conversations/{conversation}",
         )]  # fmt: skip
         seen += [answer.text + str(answer.headers) for answer in answers]
         audits = service.store.audits(owner="local")
