@@ -9,6 +9,9 @@
     chatray doctor [ray.address=…] [--json] (what this machine or cluster has, and what is wrong with it)
     chatray plan [any.setting=value …] [--json] (does it fit, and where; exit code 1: it does not)
     chatray data show experiment=… [set=demonstrations|held_out|prompts|comparisons|texts] [index=0]
+    chatray moderation train data=PATH out=FILE.safetensors [harmless=world,instructions:PATH,…] [seed=0]
+    chatray moderation evaluate data=PATH [model=default]
+    chatray feedback export store=URL out=DIR (what people said of answers, as rows for data=feedback)
 
 Exit codes: 0 done, 1 the run failed (or would not fit), 2 the request was wrong.
 """
@@ -175,6 +178,32 @@ def _data(words: Sequence[str]) -> None:
     show(config, options["set"], index)
 
 
+def _moderation(words: Sequence[str]) -> None:
+    if words[:1] not in (["train"], ["evaluate"]):
+        raise RequestError(f"moderation {' '.join(words[:1])}: no such command; there are: chatray moderation train, chatray moderation evaluate")
+    defaults: dict[str, str | None] = {"data": None, "model": "default"}
+    if words[0] == "train":
+        defaults = {"data": None, "out": None, "harmless": "none", "seed": "0"}
+    options = _options(words[1:], defaults)
+    _quiet()
+    from orchestration.serving.moderation import measuring
+
+    if words[0] == "evaluate":
+        measuring.evaluate_and_show(options["model"], options["data"])
+    else:
+        harmless = "" if options["harmless"] == "none" else options["harmless"]
+        measuring.train_and_show(options["data"], options["out"], harmless, _whole(options, "seed"))
+
+
+def _feedback(words: Sequence[str]) -> None:
+    if words[:1] != ["export"]:
+        raise RequestError(f"feedback {' '.join(words[:1])}: no such command; there is: chatray feedback export store=URL out=DIR")
+    options = _options(words[1:], {"store": None, "out": None})
+    from orchestration.serving.store.export import export_and_show
+
+    export_and_show(options["store"], Path(options["out"]))
+
+
 def _whole(options: dict[str, str], name: str) -> int:
     if not options[name].isdigit():
         raise RequestError(f"{name}={options[name]}: not a whole number")
@@ -216,8 +245,8 @@ def _quiet() -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
-    "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data, "serve": _serve,
-    "key": _key,
+    "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data,
+    "moderation": _moderation, "feedback": _feedback, "serve": _serve, "key": _key,
 }  # fmt: skip
 
 if __name__ == "__main__":
