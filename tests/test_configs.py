@@ -123,7 +123,17 @@ def is_text(node: ast.stmt | None) -> bool:
 def test_every_setting_is_documented_beneath_itself() -> None:
     source = "".join(
         (FOLDER / name).read_text(encoding="utf-8")
-        for name in ("settings.py", "sizes.py", "engines.py", "machines.py", "sources.py", "ppo.py", "serving.py", "moderation.py", "schema.py")
+        for name in (
+            "settings.py",
+            "sizes.py",
+            "engines.py",
+            "machines.py",
+            "sources.py",
+            "ppo.py",
+            "serving.py",
+            "moderation.py",
+            "schema.py",
+        )
     )
     assert source.count('"""') > 100
     assert settings_without_doc(source) == []

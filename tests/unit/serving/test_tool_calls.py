@@ -37,7 +37,9 @@ def test_a_streamed_call_is_never_shown_as_text(step: int) -> None:
     chunks = asked(CALL, stream=True, step=step)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ""
     calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-    assert [(call.index, call.function.name, call.function.arguments) for call in calls] == [(0, "get_menu_items", '{"query":"Chai Latte"}')]
+    assert [(call.index, call.function.name, call.function.arguments) for call in calls] == [
+        (0, "get_menu_items", '{"query":"Chai Latte"}')
+    ]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
