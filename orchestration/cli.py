@@ -2,7 +2,7 @@
 
     chatray run experiment=quickstart [stage=… from=… any.setting=value …]
     chatray report run=runs/NAME
-    chatray chat run=runs/NAME [stage=ppo]
+    chatray chat run=runs/NAME [stage=ppo] | url=http://… [model=NAME] (on the terminal; a run's model, or a served one)
     chatray serve run=runs/NAME [stage=ppo,sft] | checkpoint=PATH [serving.…=… any setting] [--yaml] (an OpenAI-compatible service)
     chatray key name=NAME [file=keys.yaml] (a new API key)
     chatray config experiment=… (the resolved configuration)
@@ -118,14 +118,23 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _chat(words: Sequence[str]) -> None:
-    options = _options(words, {"run": None, "stage": "ppo", "temperature": "1.0", "seed": "0"})
-    _quiet()
-    from orchestration.talk import talk
-
+    served = any(word.startswith("url=") for word in words)
+    options = _options(
+        words, {"url": None, "model": "first", "temperature": "1.0"} if served
+        else {"run": None, "stage": "ppo", "temperature": "1.0", "seed": "0"},
+    )  # fmt: skip
     try:
         temperature = float(options["temperature"])
     except ValueError as cause:
         raise RequestError(f"temperature={options['temperature']}: not a number") from cause
+    if served:
+        from orchestration.serving.terminal import talk_to
+
+        talk_to(options["url"], None if options["model"] == "first" else options["model"], temperature)
+        return
+    _quiet()
+    from orchestration.talk import talk
+
     if options["stage"] not in ("sft", "ppo"):
         raise RequestError(f"stage={options['stage']}: makes no language model; choose sft or ppo")
     talk(Path(options["run"]).resolve(), options["stage"], temperature, _whole(options, "seed"))
@@ -180,7 +189,9 @@ def _data(words: Sequence[str]) -> None:
 
 def _moderation(words: Sequence[str]) -> None:
     if words[:1] not in (["train"], ["evaluate"]):
-        raise RequestError(f"moderation {' '.join(words[:1])}: no such command; there are: chatray moderation train, chatray moderation evaluate")
+        raise RequestError(
+            f"moderation {' '.join(words[:1])}: no such command; there are: chatray moderation train, chatray moderation evaluate"
+        )
     defaults: dict[str, str | None] = {"data": None, "model": "default"}
     if words[0] == "train":
         defaults = {"data": None, "out": None, "harmless": "none", "seed": "0"}

@@ -60,7 +60,10 @@ class Kept:
         return (*turns, *own)
 
     async def answered(self, text: str, finish: str | None, verdict: Verdict, model: ServedModel) -> str:
-        """Note the request's turns and the reply; gives the reply's id."""
+        """Note the request's turns and the reply, all of them or none; gives the reply's id."""
+        return await self.service.whatever_comes(self._answered(text, finish, verdict, model))
+
+    async def _answered(self, text: str, finish: str | None, verdict: Verdict, model: ServedModel) -> str:
         add = self.service.store.add_message
         asked: dict[str, Any] = {"moderation": self.verdict.action, "categories": list(self.verdict.categories)}
         if self.verdict.action == "block":

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ from ray.util import metrics as ray_metrics
 from actors.serving.protocol import Delta, Request
 from conf.moderation import Moderation as ModerationSettings
 from conf.serving import Serving
+from orchestration.errors import RequestError
 from orchestration.serving.app import create_app
 from orchestration.serving.building import as_plain, load_engine, served_models, spec_of, tokenizer_of
 from orchestration.serving.engine import EngineLoop
@@ -121,7 +123,7 @@ class Engine:
         self.given: dict[str, Any] = {}
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Load the model, or swap in another one. One that cannot be loaded leaves the old one at work, and Serve is told."""
+        """Load the model, or swap in another one. One that cannot be loaded leaves the old one at work, and a line in the log."""
         if user_config == self.given:
             return
         checkpoint, settings = user_config["checkpoint"], self.settings
@@ -131,7 +133,11 @@ class Engine:
                 settings.engine.sequences,
             )  # fmt: skip
         else:
-            await self.loop.swap(lambda: load_engine(checkpoint, settings))
+            try:
+                await self.loop.swap(lambda: load_engine(checkpoint, settings))
+            except Exception:  # Serve would end this replica, and the replies under way with it
+                logger.exception("%s could not be loaded; the model before it goes on", checkpoint)
+                return
         self.tokenizer, self.given = tokenizer_of(checkpoint), user_config
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
@@ -239,6 +245,10 @@ class Ingress:
         if self.service is None:
             raise RuntimeError("the ingress has no service yet")
 
+    def __del__(self) -> None:
+        if self.service is not None:
+            self.service.store.close()
+
 
 def build(args: dict[str, Any]) -> serve.Application:
     """The application of a Serve config: `args: {words: [run=…, serving.…]}`, the words of `chatray serve`."""
@@ -252,7 +262,7 @@ def application(wanted: Launch) -> serve.Application:
     engines = {}
     for number, spec in enumerate(wanted.models):
         name = engine_name(number)
-        config = {"checkpoint": spec.checkpoint, "version": spec.version, "revision": settings.revision}
+        config = {"checkpoint": spec.checkpoint, "version": spec.version}
         engines[spec.name] = deployed(Engine).options(name=name, user_config=config, **given[name]).bind(_of_engine(plain))
     moderation = None
     if "Moderation" in given:
@@ -282,7 +292,10 @@ def run(wanted: Launch) -> None:
         if again.is_set():
             again.clear()
             revision += 1
-            deploy(_revised(launch(wanted.words), revision))
+            try:
+                deploy(_revised(launch(wanted.words), revision))
+            except (RequestError, RuntimeError) as cause:
+                print(f"chatray: nothing was changed: {' '.join(str(cause).split())[:600]}", file=sys.stderr, flush=True)
 
 
 def _revised(wanted: Launch, revision: int) -> Launch:

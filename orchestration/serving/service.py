@@ -109,6 +109,13 @@ class Service:
         except StoreBusy:
             raise overloaded(retry_after=5.0) from None
 
+    async def whatever_comes(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of some work that is finished even if its request is cancelled meanwhile."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return await asyncio.shield(task)
+
     def later(self, work: Coroutine[Any, Any, Any]) -> None:
         """Work that goes on although the request it is of has ended."""
         task = asyncio.get_running_loop().create_task(work)

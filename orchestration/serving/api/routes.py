@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -55,30 +57,32 @@ Asking = Annotated[Owner, Depends(owner_of)]
 
 @v1.post("/chat/completions", responses=STREAMED)
 async def chat_completions(form: ChatForm, request: Request, service: Serving, owner: Asking) -> Any:
-    with service.admitted():
+    with contextlib.ExitStack() as work:
+        work.enter_context(service.admitted())
         asked = await chat.ask(service, owner, form)
         if form.stream:
-            return await while_there(request, begun(counted(service, chat.stream(service, asked))))
+            return await while_there(request, begun(counted(chat.stream(service, asked), work.pop_all())))
         return JSONResponse(await while_there(request, chat.complete(service, asked)))
 
 
 @v1.post("/completions", responses=STREAMED)
 async def text_completions(form: CompletionForm, request: Request, service: Serving, owner: Asking) -> Any:
-    with service.admitted():
+    with contextlib.ExitStack() as work:
+        work.enter_context(service.admitted())
         asked = await completions.ask(service, owner, form)
         if form.stream:
-            return await while_there(request, begun(counted(service, completions.stream(service, asked))))
+            return await while_there(request, begun(counted(completions.stream(service, asked), work.pop_all())))
         return JSONResponse(await while_there(request, completions.complete(service, asked)))
 
 
-async def counted(service: Service, events: Any) -> Any:
+async def counted(events: AsyncIterator[bytes], work: contextlib.ExitStack) -> AsyncIterator[bytes]:
     """A stream is at work until its last event."""
-    try:
-        with service.admitted():
+    with work:
+        try:
             async for one in events:
                 yield one
-    finally:
-        await events.aclose()
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]  # a generator
 
 
 @v1.get("/models")

@@ -212,6 +212,17 @@ def test_more_requests_than_are_taken_at_once_are_429() -> None:
         assert asyncio.run(two()) == [200, 429]
 
 
+def test_streams_are_counted_once_and_until_their_end() -> None:
+    with served(ScriptedEngine(lambda prompt: HELLO), with_settings=settings(ongoing=1)) as (url, service):
+        for _ in range(3):
+            chunks = list(client(url).chat.completions.create(model="tiny", messages=ASK, stream=True))
+            assert chunks[-1].choices[0].finish_reason == "stop"
+        texts = list(client(url).completions.create(model="tiny", prompt="a", stream=True))
+        assert texts
+        assert client(url).models.list().data
+    assert service.ongoing == 0
+
+
 def test_a_client_that_leaves_stops_its_reply_streamed_or_not() -> None:
     for stream in (True, False):
         engine = ScriptedEngine(lambda prompt: HELLO * 3, pause=0.02)
