@@ -259,7 +259,8 @@ def application(wanted: Launch) -> serve.Application:
     """The deployments and how they are bound together."""
     settings, given = wanted.settings, options(wanted)
     plain = asdict(settings)
-    engines = {}
+    engines: dict[str, Any] = {}
+    config: dict[str, Any]
     for number, spec in enumerate(wanted.models):
         name = engine_name(number)
         config = {"checkpoint": spec.checkpoint, "version": spec.version}
