@@ -109,7 +109,7 @@ class LlamaDecoder:
         cosine, sine = self.model.rotary_emb(last, places[None])
         half = self.width // 2
         self.cosine, self.sine = cosine[0], torch.cat([-sine[0, :, :half], sine[0, :, half:]], dim=-1)
-        self.layers = [_Layer(layer, self.epsilon) for layer in self.model.layers]
+        self.layers = [Layer(layer, self.epsilon) for layer in self.model.layers]
         return self._head(last)
 
     def _padding(self, lengths: Tensor, room: int) -> Tensor:
@@ -172,7 +172,7 @@ class LlamaDecoder:
         return stay
 
 
-class _Layer:
+class Layer:
     """A block's weights as the products want them."""
 
     def __init__(self, layer: Any, epsilon: float) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field
 from conf.engines import TransformersRollout, VLLMRollout
 from conf.machines import Cluster, Placement, Ray
 from conf.ppo import PPO
+from conf.serving import Serving
 from conf.settings import Count, NotNegative, Positive, Settings, Whole
 from conf.sizes import Engine, Model, Scale
 from conf.sources import FilesData, WorldData
@@ -285,6 +286,8 @@ class Config(Settings):
     """The Ray cluster that is run on."""
     cluster: Cluster
     """The machines that are planned for."""
+    serving: Serving
+    """The chat service."""
 
     def roles_of_ppo(self) -> list[str]:
         """The roles that PPO starts ranks for."""

@@ -3,7 +3,9 @@
     chatray run experiment=quickstart [stage=… from=… any.setting=value …]
     chatray sweep sweep=ppo experiment=… [sweep.setting=value … any.setting=value …] (many runs of PPO; then chatray run @…/best.yaml)
     chatray report run=runs/NAME
-    chatray chat run=runs/NAME [stage=ppo]
+    chatray chat run=runs/NAME [stage=ppo] | url=http://… [model=NAME] (on the terminal; a run's model, or a served one)
+    chatray serve run=runs/NAME [stage=ppo,sft] | checkpoint=PATH [serving.…=… any setting] [--yaml] (an OpenAI-compatible service)
+    chatray key name=NAME [file=keys.yaml] (a new API key)
     chatray config experiment=… (the resolved configuration)
     chatray doctor [ray.address=…] [--json] (what this machine or cluster has, and what is wrong with it)
     chatray plan [any.setting=value …] [--json] (does it fit, and where; exit code 1: it does not)
@@ -151,17 +153,47 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _chat(words: Sequence[str]) -> None:
-    options = _options(words, {"run": None, "stage": "ppo", "temperature": "1.0", "seed": "0"})
-    _quiet()
-    from orchestration.talk import talk
-
+    served = any(word.startswith("url=") for word in words)
+    options = _options(
+        words, {"url": None, "model": "first", "temperature": "1.0"} if served
+        else {"run": None, "stage": "ppo", "temperature": "1.0", "seed": "0"},
+    )  # fmt: skip
     try:
         temperature = float(options["temperature"])
     except ValueError as cause:
         raise RequestError(f"temperature={options['temperature']}: not a number") from cause
+    if served:
+        from orchestration.serving.terminal import talk_to
+
+        talk_to(options["url"], None if options["model"] == "first" else options["model"], temperature)
+        return
+    _quiet()
+    from orchestration.talk import talk
+
     if options["stage"] not in ("sft", "ppo"):
         raise RequestError(f"stage={options['stage']}: makes no language model; choose sft or ppo")
     talk(Path(options["run"]).resolve(), options["stage"], temperature, _whole(options, "seed"))
+
+
+def _serve(words: Sequence[str]) -> None:
+    from orchestration.serving.launch import as_yaml, launch
+
+    wanted = launch([word for word in words if word != "--yaml"])
+    if "--yaml" in words:
+        print(as_yaml(wanted), end="")
+        return
+    _quiet()
+    from orchestration.serving.start import start
+
+    start(wanted)
+
+
+def _key(words: Sequence[str]) -> None:
+    options = _options(words, {"name": None, "file": "keys.yaml"})
+    from orchestration.serving.keys import make_key
+
+    key = make_key(Path(options["file"]), options["name"])
+    print(f"{options['name']}: {key}\nIt is stored nowhere and cannot be shown again; {options['file']} has its SHA-256.")
 
 
 def _doctor(words: Sequence[str]) -> None:
@@ -275,7 +307,7 @@ def _quiet() -> None:
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data,
     "submit": _submit, "jobs": _jobs, "sweep": _sweep,
-    "moderation": _moderation, "feedback": _feedback,
+    "moderation": _moderation, "feedback": _feedback, "serve": _serve, "key": _key,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ CONFINED = {
     "omegaconf": ["orchestration/config.py"],
     "matplotlib": ["orchestration/sweep/plots.py"],
     "optuna": ["orchestration/sweep/search.py"],
-    "ray": ["orchestration/runtime/", "orchestration/jobs/client.py"],
+    "ray": ["orchestration/runtime/", "orchestration/jobs/client.py", "orchestration/serving/deployments.py"],
     "ray.job_submission": ["orchestration/jobs/client.py"],
+    "ray.serve": ["orchestration/serving/deployments.py"],
     "ray.tune": ["orchestration/runtime/trials.py"],
     "sqlalchemy": ["orchestration/serving/store/"],
-    "vllm": ["actors/rollout_vllm.py"],
+    "vllm": ["actors/rollout_vllm.py", "actors/serving/vllm_engine.py"],
 }
 """Each package, and the files or folders that may import it."""
 

@@ -173,6 +173,10 @@ class Chat:
         """Text of a reply, without its end-of-turn token."""
         return str(self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=True))
 
+    def token_text(self, token: int) -> str:
+        """The text of one token, by itself."""
+        return str(self.tokenizer.decode([token]))
+
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 

@@ -90,3 +90,8 @@ def _names(process: psutil.Process, folder: Path) -> bool:
         return any(str(folder) in word for word in process.cmdline())
     except psutil.Error:
         return False
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that was started here ends."""
+    ray.shutdown()

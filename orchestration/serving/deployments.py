@@ -1,0 +1,323 @@
+"""The service on Ray Serve. The only file that imports `ray.serve`.
+
+    proxy ─▶ Ingress (FastAPI: keys, prompts, conversations, moderation, text) ─▶ Engine, one for each model (tokens)
+                                                                              └─▶ Moderation (scores)
+
+`build` is what a Serve config names as its `import_path`. What may change without a restart is in each deployment's `user_config`: a new
+checkpoint, prompt file, threshold or limit reaches running replicas by `reconfigure`, and requests under way end as they began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import TypeAdapter
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.util import metrics as ray_metrics
+
+from actors.serving.protocol import Delta, Request
+from conf.moderation import Moderation as ModerationSettings
+from conf.serving import Serving
+from orchestration.errors import RequestError
+from orchestration.serving.app import create_app
+from orchestration.serving.building import as_plain, load_engine, served_models, spec_of, tokenizer_of
+from orchestration.serving.engine import EngineLoop
+from orchestration.serving.errors import ApiError, engine_lost, failed, overloaded
+from orchestration.serving.judging import Judge, Scores, nobody
+from orchestration.serving.keys import read_keys
+from orchestration.serving.launch import Launch, engine_name, launch, options
+from orchestration.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from orchestration.serving.moderation.moderators import Limits, ModerationError, open_moderator, thresholds_of
+from orchestration.serving.service import Service
+from orchestration.serving.store.store import Store
+
+logger = logging.getLogger("chatray.serving")
+APP = "chatray"
+LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
+PING_SECONDS = 5.0
+
+
+def settings_of(plain: dict[str, Any]) -> Serving:
+    return TypeAdapter(Serving).validate_python(plain)
+
+
+class RayMetrics:
+    """Metrics that Ray publishes with its own."""
+
+    def __init__(self) -> None:
+        self.counters = {f.name: ray_metrics.Counter(f.name, f.text, f.labels) for f in COUNTERS}
+        self.gauges = {f.name: ray_metrics.Gauge(f.name, f.text, f.labels) for f in GAUGES}
+        self.histograms = {f.name: ray_metrics.Histogram(f.name, f.text, list(f.bounds), f.labels) for f in HISTOGRAMS}
+
+    def count(self, name: str, by: float = 1.0, **labels: str) -> None:
+        if by > 0:
+            self.counters[name].inc(by, labels)
+
+    def set(self, name: str, value: float) -> None:
+        self.gauges[name].set(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        self.histograms[name].observe(value, labels)
+
+    def text(self) -> str | None:
+        return None
+
+
+class RemoteEngine:
+    """Engine replicas behind the protocol of `engine.py`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle = handle
+        self.stream = handle.options(stream=True)
+
+    async def submit(self, request: Request) -> AsyncIterator[Delta]:
+        response: Any = self.stream.generate.remote(request)
+        ended = False
+        try:
+            async for delta in response:
+                ended = delta.finish is not None
+                yield delta
+        except BackPressureError:
+            raise overloaded() from None
+        except LOST:
+            raise engine_lost() from None
+        except RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ApiError):
+                raise cause from None
+            logger.exception("an engine failed")
+            raise failed() from None
+        finally:
+            if not ended:
+                response.cancel()
+
+    async def well(self) -> bool:
+        """Whether a replica answers."""
+        try:
+            async with asyncio.timeout(PING_SECONDS):
+                return bool(await self.handle.ping.remote())
+        except (TimeoutError, BackPressureError, RayTaskError, *LOST):
+            return False
+
+
+class Engine:
+    """A replica with a model."""
+
+    def __init__(self, serving: dict[str, Any]) -> None:
+        self.settings = settings_of(serving)
+        self.loop: EngineLoop | None = None
+        self.tokenizer = self.checkpoint = ""
+        self.given: dict[str, Any] = {}
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Load the model, or swap in another one. One that cannot be loaded leaves the old one at work, and a line in the log."""
+        if user_config == self.given:
+            return
+        checkpoint, settings = user_config["checkpoint"], self.settings
+        if self.loop is None:
+            self.loop = await asyncio.to_thread(
+                EngineLoop, lambda: load_engine(checkpoint, settings), settings.limits.waiting, settings.engine.interval_ms,
+                settings.engine.sequences,
+            )  # fmt: skip
+        else:
+            try:
+                await self.loop.swap(lambda: load_engine(checkpoint, settings))
+            except Exception:  # Serve would end this replica, and the replies under way with it
+                logger.exception("%s could not be loaded; the model before it goes on", checkpoint)
+                return
+        self.tokenizer, self.given = tokenizer_of(checkpoint), user_config
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """A reply; the stream ends early when its reader leaves."""
+        assert self.loop is not None
+        if request.tokenizer != self.tokenizer:  # ingress and engine are swapped one after the other
+            raise overloaded()
+        stream = self.loop.submit(request)
+        try:
+            async for delta in stream:
+                yield delta
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]  # a generator
+
+    async def ping(self) -> bool:
+        self.check_health()
+        return True
+
+    def check_health(self) -> None:
+        if self.loop is not None:
+            self.loop.check()
+
+    def __del__(self) -> None:
+        if self.loop is not None:
+            self.loop.close()
+
+
+class Moderation:
+    """A replica that judges texts."""
+
+    def __init__(self) -> None:
+        self.moderator: Any = None
+        self.thresholds: Limits = {}
+        self.turn = asyncio.Lock()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        settings = TypeAdapter(ModerationSettings).validate_python(user_config["moderation"])
+        moderator = await asyncio.to_thread(open_moderator, settings)
+        self.thresholds = thresholds_of(settings, moderator)
+        self.moderator = moderator
+
+    async def scores(self, texts: Sequence[str]) -> list[Scores]:
+        async with self.turn:  # a moderator is asked by one thread at a time
+            return await asyncio.to_thread(self.moderator.scores, texts)
+
+    async def about(self) -> tuple[str, tuple[str, ...], Limits]:
+        """Name, categories and the thresholds in force."""
+        return self.moderator.name, tuple(self.moderator.categories), self.thresholds
+
+
+def deployed(kind: type) -> Any:
+    """A class as a deployment, whose options are still to come."""
+    return serve.deployment(kind)
+
+
+def bare_app() -> FastAPI:
+    """The app; its service comes with the first `reconfigure`, before any request."""
+    return create_app()
+
+
+class Ingress:
+    """A replica that speaks HTTP."""
+
+    app: FastAPI
+
+    def __init__(self, engines: dict[str, DeploymentHandle], moderation: DeploymentHandle | None) -> None:
+        self.engines = {name: RemoteEngine(handle) for name, handle in engines.items()}
+        self.moderation = moderation
+        self.service: Service | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over models, prompts, thresholds, keys and limits. Requests under way go on with what they began with."""
+        settings = settings_of(user_config["serving"])
+        logger.setLevel(logging.INFO if settings.log_prompts else logging.WARNING)
+        specs = [spec_of(plain) for plain in user_config["models"]]
+        models = await asyncio.to_thread(served_models, specs, settings, dict(self.engines))
+        judge = await self._judge(settings)
+        keys = read_keys(settings.keys, settings.limits)
+        if self.service is None:
+            store = await asyncio.to_thread(Store.open, settings.store)
+            self.service = Service(settings, models, judge, store, keys, RayMetrics(), live=self._live)
+        else:
+            self.service.settings, self.service.models, self.service.judge, self.service.keys = settings, models, judge, keys
+        self.app.state.service = self.service
+
+    async def _judge(self, settings: Serving) -> Judge:
+        if self.moderation is None:
+            return nobody()
+        handle = self.moderation
+        name, categories, thresholds = await handle.about.remote()
+
+        async def ask(texts: list[str]) -> list[Scores]:
+            try:
+                return await handle.scores.remote(texts)
+            except (BackPressureError, RayTaskError, *LOST) as cause:
+                raise ModerationError(type(cause).__name__) from None
+
+        chosen: Any = settings.moderation.thresholds or thresholds  # those of the settings, though its replicas be late
+        return Judge(name, tuple(categories), ask, chosen)
+
+    async def _live(self) -> bool:
+        return all(await asyncio.gather(*(engine.well() for engine in self.engines.values())))
+
+    def check_health(self) -> None:
+        if self.service is None:
+            raise RuntimeError("the ingress has no service yet")
+
+    def __del__(self) -> None:
+        if self.service is not None:
+            self.service.store.close()
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application of a Serve config: `args: {words: [run=…, serving.…]}`, the words of `chatray serve`."""
+    return application(launch(args["words"]))
+
+
+def application(wanted: Launch) -> serve.Application:
+    """The deployments and how they are bound together."""
+    settings, given = wanted.settings, options(wanted)
+    plain = asdict(settings)
+    engines: dict[str, Any] = {}
+    config: dict[str, Any]
+    for number, spec in enumerate(wanted.models):
+        name = engine_name(number)
+        config = {"checkpoint": spec.checkpoint, "version": spec.version}
+        engines[spec.name] = deployed(Engine).options(name=name, user_config=config, **given[name]).bind(_of_engine(plain))
+    moderation = None
+    if "Moderation" in given:
+        config = {"moderation": plain["moderation"], "revision": settings.revision}
+        moderation = deployed(Moderation).options(name="Moderation", user_config=config, **given["Moderation"]).bind()
+    config = {"serving": plain, "models": as_plain(wanted.models)}
+    return (
+        deployed(serve.ingress(bare_app)(Ingress)).options(name="Ingress", user_config=config, **given["Ingress"]).bind(engines, moderation)
+    )
+
+
+def _of_engine(plain: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that engines have no use for, so that a change of these restarts none."""
+    neutral: dict[str, Any] = {"prompts": None, "keys": None, "revision": 0, "refusal": "", "log_prompts": False, "cors": (), "model": None}
+    return plain | neutral | {"moderation": asdict(ModerationSettings(kind="off"))}
+
+
+def run(wanted: Launch) -> None:
+    """Serve on the connected cluster until interrupted; SIGHUP reads checkpoint, prompts and keys again, without dropping a request."""
+    deploy(wanted)
+    print(
+        f"serving {', '.join(spec.name for spec in wanted.models)} at http://{wanted.settings.host}:{wanted.settings.port}/v1", flush=True
+    )
+    ended, again, revision = threading.Event(), threading.Event(), wanted.settings.revision
+    _signals(ended, again)
+    while not ended.wait(0.2):
+        if again.is_set():
+            again.clear()
+            revision += 1
+            try:
+                deploy(_revised(launch(wanted.words), revision))
+            except (RequestError, RuntimeError) as cause:
+                print(f"chatray: nothing was changed: {' '.join(str(cause).split())[:600]}", file=sys.stderr, flush=True)
+
+
+def _revised(wanted: Launch, revision: int) -> Launch:
+    return replace(wanted, config=replace(wanted.config, serving=replace(wanted.settings, revision=revision)))
+
+
+def _signals(ended: threading.Event, again: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    signal.signal(signal.SIGHUP, lambda *_: again.set())
+
+
+def deploy(wanted: Launch) -> None:
+    """Start the application, or change the one that runs. Returns once it serves."""
+    settings = wanted.settings
+    serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # Serve's progress lines
+        serve.run(application(wanted), name=APP, route_prefix="/")
+
+
+def stop() -> None:
+    """End the application, its requests drained, and Serve."""
+    serve.delete(APP)
+    serve.shutdown()

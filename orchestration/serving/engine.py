@@ -1,0 +1,207 @@
+"""An engine for many callers at once: a thread steps it, and each reply comes as a stream of deltas.
+
+    submit ─▶ inbox ─▶ thread: take in, step, give out ─▶ mailbox of each reply ─▶ submit's iterator
+
+New weights are swapped in without a pause: what is under way is finished by the old model, whoever comes later gets the new one. Where a
+device has no room for two (vLLM), newcomers wait until the old model's replies are done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from actors.serving.protocol import Delta, Request, StepEngine, merged
+from orchestration.serving.errors import engine_lost, overloaded
+
+logger = logging.getLogger("chatray.serving")
+STUCK_SECONDS = 120.0
+"""A step takes milliseconds; one that takes so long will not end."""
+
+
+class Engine(Protocol):
+    """What the service asks of whatever writes replies."""
+
+    def submit(self, request: Request) -> AsyncIterator[Delta]:
+        """A reply as it is written; its last delta says how it ended. Who closes the iterator stops the writing.
+
+        Raises:
+            ApiError: there is no room (503), or the engine stopped.
+        """
+
+
+class Mailbox:
+    """What has been written of a reply and not been fetched: deltas are handed over together, at most every `interval` seconds."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
+        self.loop, self.interval = loop, interval
+        self.deltas: list[Delta] = []
+        self.ready = asyncio.Event()
+        self.due: asyncio.TimerHandle | None = None
+        self.last = float("-inf")
+
+    def put(self, delta: Delta) -> None:
+        """Called in the event loop."""
+        self.deltas.append(delta)
+        wait = self.last + self.interval - self.loop.time()
+        if delta.finish or wait <= 0:
+            self.ready.set()
+        elif self.due is None:
+            self.due = self.loop.call_later(wait, self.ready.set)
+
+    async def take(self) -> Delta:
+        await self.ready.wait()
+        self.ready.clear()
+        if self.due is not None:
+            self.due.cancel()
+            self.due = None
+        self.last = self.loop.time()
+        found, self.deltas = merged(self.deltas), []
+        return found
+
+
+class EngineLoop:
+    """The thread, and the replies under way."""
+
+    def __init__(self, load: Callable[[], StepEngine], waiting: int, interval_ms: float, sequences: int) -> None:
+        """Args:
+        waiting: requests that may wait for one of the `sequences` places.
+        """
+        self.most, self.interval = waiting + sequences, interval_ms / 1000
+        self.mailboxes: dict[str, Mailbox] = {}
+        self.owners: dict[str, StepEngine] = {}
+        """Which model writes each reply: several while a new one has been swapped in and the old one still writes."""
+        self.engines: list[StepEngine] = [load()]
+        """The last one gets new requests."""
+        self.inbox: deque[Callable[[], None]] = deque()
+        self.wake = threading.Condition()
+        self.broken: str | None = None
+        self.closing = False
+        self.stepping: float | None = None
+        """Since when the step under way has been."""
+        self.taking = asyncio.Event()
+        self.taking.set()
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    async def submit(self, request: Request) -> AsyncIterator[Delta]:
+        """See `Engine`."""
+        if self.broken or self.closing:
+            raise engine_lost()
+        if len(self.mailboxes) >= self.most:
+            raise overloaded()
+        mailbox = Mailbox(asyncio.get_running_loop(), self.interval)
+        self.mailboxes[request.id] = mailbox
+        ended = False
+        try:
+            await self.taking.wait()
+            self._post(lambda: self._add(request))
+            while not ended:
+                delta = await mailbox.take()
+                ended = delta.finish is not None
+                yield delta
+        finally:
+            self.mailboxes.pop(request.id, None)
+            if not ended:
+                self._post(lambda: self._abort(request.id))
+
+    async def swap(self, load: Callable[[], StepEngine]) -> None:
+        """Have later requests answered by another model. When it cannot be loaded everything stays as it was."""
+        if not self.engines[-1].exclusive:
+            fresh = await asyncio.to_thread(load)
+            self._post(lambda: self.engines.append(fresh))
+            return
+        self.taking.clear()  # no room for two: finish, give back, load
+        try:
+            while self.inbox or self.owners or any(engine.busy() for engine in self.engines):
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(self.engines[-1].close)
+            fresh = await asyncio.to_thread(load)
+            self._post(lambda: self.engines.__setitem__(slice(None), [fresh]))
+        except Exception:
+            self.broken = "the new model could not be loaded"
+            raise
+        finally:
+            self.taking.set()
+
+    def check(self) -> None:
+        """Whether it works.
+
+        Raises:
+            RuntimeError: it does not, and never will again.
+        """
+        if self.broken or not self.thread.is_alive():
+            raise RuntimeError(f"the engine stopped: {self.broken}")
+        if self.stepping is not None and time.monotonic() - self.stepping > STUCK_SECONDS:
+            raise RuntimeError(f"the engine has been at one step for more than {STUCK_SECONDS:g} seconds")
+
+    def load_figures(self) -> dict[str, int]:
+        """Replies under way, and of these how many have been handed to a model."""
+        return {"ongoing": len(self.mailboxes), "running": len(self.owners)}
+
+    def close(self) -> None:
+        """End the thread; replies under way end with an error."""
+        self.closing = True
+        self._post(lambda: None)
+        self.thread.join(timeout=30)
+        for engine in self.engines:
+            engine.close()
+
+    def _post(self, do: Callable[[], None]) -> None:
+        with self.wake:
+            self.inbox.append(do)
+            self.wake.notify()
+
+    def _add(self, request: Request) -> None:
+        if request.id in self.mailboxes:  # whoever asked may have left by now
+            self.owners[request.id] = self.engines[-1]
+            self.engines[-1].add(request)
+
+    def _abort(self, name: str) -> None:
+        if (engine := self.owners.pop(name, None)) is not None:
+            engine.abort(name)
+
+    def _run(self) -> None:
+        try:
+            while not self.closing:
+                with self.wake:
+                    while not self.inbox and not any(engine.busy() for engine in self.engines):
+                        self.wake.wait()
+                while self.inbox:
+                    self.inbox.popleft()()
+                self._step()
+        except Exception as cause:  # whatever it was, the model's state is unknown now
+            self.broken = f"{type(cause).__name__}: {cause}"
+            logger.exception("the engine stopped")
+        self._give([Delta(name, finish="error") for name in [*self.mailboxes]])
+
+    def _step(self) -> None:
+        for engine in list(self.engines):
+            if engine.busy():
+                self.stepping = time.monotonic()
+                found = engine.step()
+                self.stepping = None
+                for delta in found:
+                    if delta.finish:
+                        self.owners.pop(delta.id, None)
+                self._give(found)
+            elif engine is not self.engines[-1]:
+                self.engines.remove(engine)
+                engine.close()
+
+    def _give(self, deltas: list[Delta]) -> None:
+        """Hand them to the event loop, in one call."""
+        loop = next((box.loop for delta in deltas if (box := self.mailboxes.get(delta.id))), None)
+        if loop is None or loop.is_closed():
+            return
+        loop.call_soon_threadsafe(self._deliver, deltas)
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            if mailbox := self.mailboxes.get(delta.id):
+                mailbox.put(delta)
