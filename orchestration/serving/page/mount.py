@@ -62,7 +62,7 @@ def add_page(app: FastAPI) -> None:
         session_middleware_kwargs={"session_cookie": "chatray_session", "max_age": SESSION_SECONDS, "same_site": "strict"},
     )  # fmt: skip
     app.routes.pop()  # the mount that `run_with` made takes every path
-    app.routes.append(PageMount("/", app=Policy(nicegui.app)))
+    app.routes.append(PageMount(app))
 
 
 async def _build(sessions: Sessions, request: Request, conversation: str | None) -> None:
@@ -81,10 +81,15 @@ def _version(name: str) -> str:
 
 
 class PageMount(Mount):
-    """A mount that takes the page's paths alone."""
+    """A mount that takes the page's paths alone, and these only where the settings want a page."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__("/", app=Policy(nicegui.app))
+        self.outer = app
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if not PATHS.fullmatch(scope.get("path", "")):
+        service = self.outer.state.service
+        if service is None or not service.settings.page or not PATHS.fullmatch(scope.get("path", "")):
             return Match.NONE, {}
         return super().matches(scope)
 
