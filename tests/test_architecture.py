@@ -19,6 +19,7 @@ GOLD = "orchestration.data.world.gold"
 CONFINED = {
     "deepspeed": ["actors/engine.py"],
     "hydra": ["orchestration/config.py"],
+    "nicegui": ["orchestration/serving/page/"],
     "omegaconf": ["orchestration/config.py"],
     "ray": ["orchestration/runtime/"],
     "vllm": ["actors/rollout_vllm.py"],

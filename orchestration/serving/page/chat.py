@@ -5,9 +5,10 @@ composer ─▶ send ─▶ Writing (backend.ask, backend.write) ─▶ TurnView
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 from nicegui import background_tasks, ui
 from starlette.requests import Request
@@ -109,7 +110,7 @@ class ChatPage:
         await self._settled(name)
         if await self._guarded(self._load(name)):
             self.tell(None)
-            ui.navigate.history.push(f"/c/{name}")
+            self._address("push", f"/c/{name}")
         await self.refresh_list()
         self.draw()
         self._close_drawer()
@@ -119,7 +120,7 @@ class ChatPage:
         self.stop()
         self.conversation, self.turns = None, []
         self.tell(None)
-        ui.navigate.history.push("/")
+        self._address("push", "/")
         await self.refresh_list()
         self.draw()
         self._close_drawer()
@@ -141,7 +142,11 @@ class ChatPage:
             await self._guarded(work())
 
     def _close_drawer(self) -> None:
-        ui.run_javascript("chatray.closeDrawer()")
+        self.client.run_javascript("chatray.closeDrawer()")
+
+    def _address(self, verb: Literal["push", "replace"], path: str) -> None:
+        """What stands in the browser's address bar, and what a reload finds."""
+        self.client.run_javascript(f'history.{verb}State({{}}, "", {json.dumps(path)})')
 
     async def consent(self, given: bool) -> None:
         """Whether feedback may be learned from: in this conversation and, until changed, in those to come."""
@@ -162,22 +167,29 @@ class ChatPage:
     # drawing
 
     def draw(self) -> None:
-        """The whole conversation anew."""
+        """Show the conversation as it is now; turns that are on the page already stay as they are."""
         if self.client.is_deleted:
             return
-        self.layout.turns.clear()
-        self.layout.empty.set_visibility(not self.turns)
+        same = 0
+        while same < min(len(self.views), len(self.turns)) and self.views[same].turn is self.turns[same]:
+            same += 1
+        for view in self.views[same:]:
+            view.place.delete()
         with self.layout.turns:
-            self.views = [TurnView(turn, self.turn_actions) for turn in self.turns]
-        for view in self.views:
-            view.show(last=view is self.views[-1])
+            self.views[same:] = [TurnView(turn, self.turn_actions) for turn in self.turns[same:]]
+        for number, view in enumerate(self.views):
+            last = number == len(self.views) - 1
+            if number >= same or view.last != last:
+                view.show(last=last)
+        self.layout.empty.set_visibility(not self.turns)
         title = self.conversation.title if self.conversation else ""
-        ui.page_title(f"{title} – chatray" if title else "chatray")
+        with self.client:
+            ui.page_title(f"{title} – chatray" if title else "chatray")
 
     def _redraw(self, turn: Turn) -> None:
-        for number, view in enumerate(self.views):
+        for view in self.views:
             if view.turn is turn:
-                view.show(last=number == len(self.views) - 1)
+                view.show(last=view.last)
 
     # writing
 
@@ -225,7 +237,7 @@ class ChatPage:
             self.draw()
             view = self.views[-1]
             view.show(last=True, writing=True)
-            ui.run_javascript("chatray.follow()")
+            self.client.run_javascript("chatray.follow()")
             if fresh:
                 await self._begin(turn)
             assert self.conversation is not None
@@ -246,8 +258,7 @@ class ChatPage:
 
     async def _begin(self, turn: Turn) -> None:
         self.conversation = await self.backend.new_conversation(title_of(turn.text), self.agreed)
-        if not self.client.is_deleted:
-            ui.navigate.history.replace(f"/c/{self.conversation.id}")
+        self._address("replace", f"/c/{self.conversation.id}")
         await self.refresh_list()
 
     async def _undo(self, turn: Turn, was: list[Turn], fresh: bool) -> None:
@@ -255,8 +266,7 @@ class ChatPage:
         if fresh and self.conversation:
             await self._guarded(self.backend.delete_conversation(self.conversation.id))
             self.conversation = None
-            if not self.client.is_deleted:
-                ui.navigate.history.replace("/")
+            self._address("replace", "/")
             await self.refresh_list()
         self.turns = was
         if not self.client.is_deleted and not self.layout.text.value and turn.text not in [one.text for one in was]:
@@ -266,18 +276,11 @@ class ChatPage:
         if self.client.is_deleted:
             return
         self.layout.busy(False)
-        self.draw_end(turn)
+        self.draw()
+        self._redraw(turn)
         self.layout.focus()
         answer = turn.answer
         self.announce(notes.of_end(answer) or notes.of_output(answer) or "The answer is complete." if answer else "Nothing was written.")
-
-    def draw_end(self, turn: Turn) -> None:
-        """The turn as it stands now that it is written; everything, if it is gone again."""
-        if turn in self.turns and len(self.views) == len(self.turns):
-            for number, view in enumerate(self.views):
-                view.show(last=number == len(self.views) - 1)
-        else:
-            self.draw()
 
     # feedback
 
@@ -291,7 +294,8 @@ class ChatPage:
         if words and self.conversation and await self._guarded(
             self.thoughts.say(self.conversation.id, self.turns, turn, answer, *words)
         ):  # fmt: skip
-            ui.notify("Thank you. Your comment was kept.", type="positive")
+            with self.client:
+                ui.notify("Thank you. Your comment was kept.", type="positive")
 
     async def choose(self, turn: Turn, better: Answer | None) -> None:
         """Of two answers that stand side by side, keep the better one in the conversation."""

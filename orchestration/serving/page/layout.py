@@ -55,9 +55,8 @@ class Layout:
                 'dense borderless options-dense aria-label="Model"'
             )  # fmt: skip
             ui.space()
-            self.compare = ui.switch("Two answers", on_change=lambda event: self.actions.compare(bool(event.value))).classes("compare").props(
-                'dense aria-label="Two answers to choose from"'
-            )  # fmt: skip
+            self.compare = ui.switch("Two answers", on_change=lambda event: self.actions.compare(bool(event.value))).classes("compare")
+            self.compare.props('dense aria-label="Two answers to choose from"')
             with self.compare:
                 ui.tooltip("Ask for two answers and say which is better").props("delay=500")
             theme.button()
@@ -98,7 +97,8 @@ class Layout:
         return self.actions.stop() if self.writing else self.actions.send(self.text.value or "")
 
     def focus(self) -> None:
-        self.text.run_method("focus")
+        """Give the composer the focus, unless something else has it."""
+        self.text.client.run_javascript("chatray.focus()")
 
     def busy(self, writing: bool) -> None:
         """Whether an answer is being written: the button then stops it."""

@@ -51,6 +51,7 @@ class Listing:
             with ui.element("div").classes("dialog-buttons"):
                 text_button("Cancel", lambda: dialog.submit(False))
                 text_button("Delete", lambda: dialog.submit(True), strong=True)
-        if await dialog:
-            await self.delete(conversation.id)
+        agreed = await dialog
         dialog.delete()
+        if agreed:
+            await self.delete(conversation.id)

@@ -42,13 +42,16 @@ class TurnView:
         self.place = ui.element("section").classes("turn")
         self.texts: list[ui.html] = []
         self.error: str | None = None
+        self.last = False
 
     def show(self, *, last: bool, writing: bool = False) -> None:
         """Args:
         last: nothing was said after it, so it can be answered again.
         """
+        if self.place.is_deleted:
+            return
         self.place.clear()
-        self.texts = []
+        self.texts, self.last = [], last
         turn = self.turn
         with self.place:
             self._said(writing)
@@ -64,6 +67,8 @@ class TurnView:
                 self._questions(last)
 
     def grow(self, answer: Answer) -> None:
+        if self.place.is_deleted:
+            return
         number = next(number for number, one in enumerate(self.turn.answers) if one is answer)
         self.texts[number].set_content(rendered(answer.text))
 
@@ -84,7 +89,7 @@ class TurnView:
                 .props('autogrow borderless dense autofocus aria-label="Edit message"')
             )
             with ui.element("div").classes("dialog-buttons"):
-                text_button("Cancel", lambda: self.show(last=True))
+                text_button("Cancel", lambda: self.show(last=self.last))
                 text_button("Save and send", lambda: self.actions.edit(self.turn, field.value or ""), strong=True)
 
     def _answer(self, answer: Answer, number: int, last: bool, writing: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestration.serving.moderation.verdict import Verdict
+from orchestration.serving.moderation.verdict import Action, Verdict
 
 STOPPED = "abandoned"
 """How a reply ended that the user stopped, as the service notes it."""
@@ -21,7 +21,7 @@ class Answer:
     """Of the model's checkpoint."""
     finish: str | None = None
     """As in the API; `abandoned`: stopped; None: it is being written, or it failed."""
-    action: str = "allow"
+    action: Action = "allow"
     """What moderation did with it."""
     categories: tuple[str, ...] = ()
     written: int | None = None
@@ -53,7 +53,7 @@ class Turn:
 
     text: str
     id: str | None = None
-    action: str = "allow"
+    action: Action = "allow"
     """What moderation did with the user's text."""
     categories: tuple[str, ...] = ()
     answers: list[Answer] = field(default_factory=list)

@@ -22,8 +22,10 @@ from orchestration.serving.page.turns import Answer, Turn, prompt_of, title_of, 
 from tests.serving_stand_ins import settings
 
 ATTACKS = (
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "[x](data:text/html,<script>)", "<a href='javascript:x'>y</a>",
-    '![a" onerror="alert(1)](http://host/x.png)', "```html\n<script>alert(1)</script>\n```", "```\"><script>alert(1)</script>\nx\n```", "<svg/onload=alert(1)>",
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "[x](data:text/html,<script>)",
+    "<a href='javascript:x'>y</a>",
+    '![a" onerror="alert(1)](http://host/x.png)', "```html\n<script>alert(1)</script>\n```", "```\"><script>alert(1)</script>\nx\n```",
+    "<svg/onload=alert(1)>",
     "[a]: javascript:alert(1)\n[a]", "<http://host/\"onclick=alert(1)>", "| <b> |\n|---|\n| <i onclick=x> |",
 )  # fmt: skip
 TAGS = {

@@ -9,6 +9,11 @@ globalThis.chatray = {
     chatray.follows = true;
     chatray.bottom();
   },
+  // On a phone that would open its keyboard.
+  focus() {
+    if (matchMedia("(pointer: coarse)").matches || (document.activeElement && document.activeElement !== document.body)) return;
+    document.querySelector(".composer-text textarea")?.focus();
+  },
   closeDrawer() {
     if (window.innerWidth < 1024) document.querySelector(".q-drawer__backdrop")?.click();
   },
