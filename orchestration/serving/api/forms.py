@@ -91,7 +91,7 @@ class Generating(Form):
 class ConversationRef(Form):
     id: Name
     before: Name | None = None
-    """A message of it, for edited and repeated turns: the request takes its place, and what came after it is cut off once there is a reply."""
+    """A message of it, for edited and repeated turns: the request takes its place, and later messages go once there is a reply."""
 
 
 class ChatForm(Generating):
