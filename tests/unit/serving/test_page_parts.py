@@ -96,7 +96,7 @@ def test_without_keys_everybody_is_one_owner() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (too_many("no", 12.4), "Wait 12 seconds"), (overloaded(), "Wait 1 second,"), (engine_lost(), "Wait 1 second,"),
+        (too_many("no", 12.4), "Wait 12 seconds"), (overloaded(), "Wait 1 second,"), (engine_lost(), "Try again in a moment"),
         (too_many("no", 60.0, "insufficient_quota", "insufficient_quota"), "used up"), (ApiError(500, "inner text"), "had an error"),
         (ApiError(400, "There is no such message.", code="not_found"), "no such message"), (ApiError(401, "x"), "signed out"),
     ],
