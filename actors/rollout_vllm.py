@@ -1,4 +1,5 @@
-"""Replies sampled by vLLM, in this rank's process. The only file that imports vllm.
+"""Replies sampled by vLLM, in this rank's process. This file and `serving/vllm_engine.py` are the only
+ones that import vllm.
 
 vLLM is given all prompts of a call at once: it starts the next reply when another ends. Log-probs are those of the distribution that was
 sampled from, as the transformers engine gives them. A sample's randomness is vLLM's generator of that one request, seeded by (seed, step,

@@ -126,5 +126,3 @@ class Serving(Settings):
     """Replicas that hold a model."""
     moderators: Replicas
     """Replicas that judge texts."""
-
-

@@ -2,13 +2,16 @@
 
     chatray run experiment=quickstart [stage=… from=… any.setting=value …]
     chatray report run=runs/NAME
-    chatray chat run=runs/NAME [stage=ppo]
+    chatray chat run=runs/NAME [stage=ppo] | url=http://… [model=NAME] (on the terminal; a run's model, or a served one)
     chatray serve run=runs/NAME [stage=ppo,sft] | checkpoint=PATH [serving.…=… any setting] [--yaml] (an OpenAI-compatible service)
     chatray key name=NAME [file=keys.yaml] (a new API key)
     chatray config experiment=… (the resolved configuration)
     chatray doctor [ray.address=…] [--json] (what this machine or cluster has, and what is wrong with it)
     chatray plan [any.setting=value …] [--json] (does it fit, and where; exit code 1: it does not)
     chatray data show experiment=… [set=demonstrations|held_out|prompts|comparisons|texts] [index=0]
+    chatray moderation train data=PATH out=FILE.safetensors [harmless=world,instructions:PATH,…] [seed=0]
+    chatray moderation evaluate data=PATH [model=default]
+    chatray feedback export store=URL out=DIR (what people said of answers, as rows for data=feedback)
 
 Exit codes: 0 done, 1 the run failed (or would not fit), 2 the request was wrong.
 """
@@ -115,14 +118,23 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _chat(words: Sequence[str]) -> None:
-    options = _options(words, {"run": None, "stage": "ppo", "temperature": "1.0", "seed": "0"})
-    _quiet()
-    from orchestration.talk import talk
-
+    served = any(word.startswith("url=") for word in words)
+    options = _options(
+        words, {"url": None, "model": "first", "temperature": "1.0"} if served
+        else {"run": None, "stage": "ppo", "temperature": "1.0", "seed": "0"},
+    )  # fmt: skip
     try:
         temperature = float(options["temperature"])
     except ValueError as cause:
         raise RequestError(f"temperature={options['temperature']}: not a number") from cause
+    if served:
+        from orchestration.serving.terminal import talk_to
+
+        talk_to(options["url"], None if options["model"] == "first" else options["model"], temperature)
+        return
+    _quiet()
+    from orchestration.talk import talk
+
     if options["stage"] not in ("sft", "ppo"):
         raise RequestError(f"stage={options['stage']}: makes no language model; choose sft or ppo")
     talk(Path(options["run"]).resolve(), options["stage"], temperature, _whole(options, "seed"))
@@ -175,6 +187,34 @@ def _data(words: Sequence[str]) -> None:
     show(config, options["set"], index)
 
 
+def _moderation(words: Sequence[str]) -> None:
+    if words[:1] not in (["train"], ["evaluate"]):
+        raise RequestError(
+            f"moderation {' '.join(words[:1])}: no such command; there are: chatray moderation train, chatray moderation evaluate"
+        )
+    defaults: dict[str, str | None] = {"data": None, "model": "default"}
+    if words[0] == "train":
+        defaults = {"data": None, "out": None, "harmless": "none", "seed": "0"}
+    options = _options(words[1:], defaults)
+    _quiet()
+    from orchestration.serving.moderation import measuring
+
+    if words[0] == "evaluate":
+        measuring.evaluate_and_show(options["model"], options["data"])
+    else:
+        harmless = "" if options["harmless"] == "none" else options["harmless"]
+        measuring.train_and_show(options["data"], options["out"], harmless, _whole(options, "seed"))
+
+
+def _feedback(words: Sequence[str]) -> None:
+    if words[:1] != ["export"]:
+        raise RequestError(f"feedback {' '.join(words[:1])}: no such command; there is: chatray feedback export store=URL out=DIR")
+    options = _options(words[1:], {"store": None, "out": None})
+    from orchestration.serving.store.export import export_and_show
+
+    export_and_show(options["store"], Path(options["out"]))
+
+
 def _whole(options: dict[str, str], name: str) -> int:
     if not options[name].isdigit():
         raise RequestError(f"{name}={options[name]}: not a whole number")
@@ -216,8 +256,8 @@ def _quiet() -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
-    "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data, "serve": _serve,
-    "key": _key,
+    "run": _run, "report": _report, "chat": _chat, "config": _config, "plan": _plan, "doctor": _doctor, "data": _data,
+    "moderation": _moderation, "feedback": _feedback, "serve": _serve, "key": _key,
 }  # fmt: skip
 
 if __name__ == "__main__":

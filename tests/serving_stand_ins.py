@@ -9,11 +9,14 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 import yaml
 from fastapi import FastAPI
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.serving.protocol import Delta, Request
 from conf.serving import Serving
@@ -25,7 +28,7 @@ from orchestration.serving.judging import in_process, nobody
 from orchestration.serving.keys import Keys
 from orchestration.serving.metrics import PrometheusMetrics
 from orchestration.serving.prompts import HiddenPrompt
-from orchestration.serving.service import Service, ServedModel
+from orchestration.serving.service import ServedModel, Service
 from orchestration.serving.store.store import Store
 
 TEXTS = ("the cat sat on the mat. where is the cat? in the drawer, of course. call get_menu_items", "Grüße, 世界! 🙂 naïve café")
@@ -150,3 +153,18 @@ def served(engine: Any, **further: Any) -> Iterator[tuple[str, Service]]:
 def write_yaml(path: Any, content: Any) -> str:
     path.write_text(yaml.safe_dump(content))
     return str(path)
+
+
+TINY_CONTEXT = 256
+
+
+def tiny_checkpoint(folder: Path, seed: int) -> None:
+    """A small Llama with random weights and these tests' tokenizer."""
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=len(chat().tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=128, max_position_embeddings=TINY_CONTEXT, initializer_range=0.3, eos_token_id=chat().end,
+        pad_token_id=chat().pad, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    chat().save(folder)

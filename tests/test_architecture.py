@@ -17,12 +17,15 @@ LONGEST_FILE, LONGEST_FUNCTION = 450, 80
 GOLD = "orchestration.data.world.gold"
 
 CONFINED = {
+    "alembic": ["orchestration/serving/store/"],
     "deepspeed": ["actors/engine.py"],
     "hydra": ["orchestration/config.py"],
     "nicegui": ["orchestration/serving/page/"],
     "omegaconf": ["orchestration/config.py"],
-    "ray": ["orchestration/runtime/"],
-    "vllm": ["actors/rollout_vllm.py"],
+    "ray": ["orchestration/runtime/", "orchestration/serving/deployments.py"],
+    "ray.serve": ["orchestration/serving/deployments.py"],
+    "sqlalchemy": ["orchestration/serving/store/"],
+    "vllm": ["actors/rollout_vllm.py", "actors/serving/vllm_engine.py"],
 }
 """Each package, and the files or folders that may import it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 import conf
+from conf.moderation import Moderation
 from conf.schema import PPO_ROLES, Config
 from orchestration import config as configuration
 
@@ -99,6 +101,7 @@ def test_every_setting_has_a_default() -> None:
     """Only what the schema itself gives a default may be missing from the YAML files."""
     given = {key for file in FILES for key in keys({n: v for n, v in read(file).items() if n != "defaults"}, prefix_of(file))}
     defaulted = {"scale.embedding", "scale.post_layer_norm"}
+    defaulted |= {f"serving.moderation.{field.name}" for field in dataclasses.fields(Moderation)}
     defaulted |= {f"placement.{role}.tensor_parallel" for role in ("train", *PPO_ROLES)}
     assert set(configuration.leaves(Config)) - given - defaulted == set()
 
@@ -120,7 +123,17 @@ def is_text(node: ast.stmt | None) -> bool:
 def test_every_setting_is_documented_beneath_itself() -> None:
     source = "".join(
         (FOLDER / name).read_text(encoding="utf-8")
-        for name in ("settings.py", "sizes.py", "engines.py", "machines.py", "sources.py", "ppo.py", "schema.py")
+        for name in (
+            "settings.py",
+            "sizes.py",
+            "engines.py",
+            "machines.py",
+            "sources.py",
+            "ppo.py",
+            "serving.py",
+            "moderation.py",
+            "schema.py",
+        )
     )
     assert source.count('"""') > 100
     assert settings_without_doc(source) == []

@@ -34,7 +34,7 @@ def draw(logits: Tensor, drawings: Sequence[Drawing], noise: Sequence[float]) ->
 
 
 def likeliest_share(logits: Tensor, shares: Tensor) -> Tensor:
-    """[B, V] logits, -inf but for the fewest likeliest tokens of each row that together reach its share, [B] (Holtzman et al. 1904.09751)."""
+    """[B, V] logits, -inf but for the fewest likeliest tokens of each row that reach its share, [B] (Holtzman et al. 1904.09751)."""
     ordered, places = logits.sort(dim=-1, descending=True)
     chances = ordered.softmax(dim=-1)
     beyond = chances.cumsum(dim=-1) - chances >= shares[:, None]

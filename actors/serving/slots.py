@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, rms_norm, silu
 from torch.nn.functional import linear as product
+from torch.nn.functional import pad, rms_norm, silu
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -66,7 +66,9 @@ class LlamaSlots(LlamaDecoder):
             return
         more_rows = max(count, 2 * rows) if count > rows else rows
         more_places = max(places, 2 * width) if places > width else width
-        grown = torch.zeros(*self.cache.shape[:2], more_rows, self.kv_heads, more_places, self.width, dtype=self.lm.dtype, device=self.device)
+        grown = torch.zeros(
+            *self.cache.shape[:2], more_rows, self.kv_heads, more_places, self.width, dtype=self.lm.dtype, device=self.device
+        )
         grown[:, :, :rows, :, :width] = self.cache
         self.cache = grown
         if more_places > width:
@@ -168,9 +170,7 @@ class ModuleSlots:
         return self._logits(tokens[:, None], self.attention, self.cache, position)
 
     def _logits(self, tokens: Tensor, attention: Tensor, cache: Any, position: Tensor) -> Tensor:
-        found = self.lm(
-            tokens, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        found = self.lm(tokens, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return found.logits[:, -1]
 
     def leave(self, done: Sequence[bool]) -> list[int]:

@@ -133,4 +133,3 @@ def load(path: str, end: int, settings: ServingEngine) -> TransformersStepEngine
     module: torch.nn.Module = lm
     module.to(device).eval().requires_grad_(False)
     return TransformersStepEngine(lm, end, settings.sequences, settings.prefill_tokens)
-

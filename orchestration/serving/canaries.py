@@ -1,9 +1,10 @@
 """Keeps a model from reciting its hidden prompt: as many of its words in a row as `serving.canary_words` never leave the service.
 
-Texts are compared by their letters and digits alone, without case, accents and compatibility forms (NFKD), so spaces, line breaks,
-punctuation, markup and invisible characters between them do not help. They are read forwards and backwards. What is only a paraphrase, a
-translation or a cipher is not seen. What the client itself wrote is no secret: n-grams of the client's texts are left out, which also
-keeps the filter from confirming guesses.
+Texts are compared by their letters and digits alone, and once more by their letters alone (numbered lists), without case, accents and
+compatibility forms (NFKD), so spaces, line breaks, punctuation, markup and invisible characters between them do not help. They are read
+forwards and backwards. A paraphrase, a translation, a cipher, or other words between its words are not seen.
+
+What the client itself wrote is no secret: n-grams of the client's texts are left out, which also keeps the filter from confirming guesses.
 """
 
 from __future__ import annotations
@@ -44,24 +45,34 @@ class Secret:
     """A hidden prompt as what may not be said of it."""
 
     def __init__(self, texts: Iterable[str], words: int) -> None:
-        found: set[str] = set()
+        whole, bare = set[str](), set[str]()
         for text in texts:
-            forwards = _words(text)
-            found |= _canaries(forwards, words)
-            found |= _canaries([word[::-1] for word in reversed(forwards)], words)
-        self.canaries = frozenset(found)
-        self.tree = _tree(self.canaries)
+            for found, plain in ((whole, text), (bare, _without_digits(text))):
+                forwards = _words(plain)
+                found |= _canaries(forwards, words)
+                found |= _canaries([word[::-1] for word in reversed(forwards)], words)
+        self._keep(frozenset(whole), frozenset(bare))
+
+    def _keep(self, whole: frozenset[str], bare: frozenset[str]) -> None:
+        self.whole, self.bare = whole, bare
+        """Canaries of letters and digits, and of letters alone."""
+        self.trees = _tree(whole), _tree(bare)
 
     def known(self, texts: Iterable[str]) -> Secret:
         """This secret without what the client has said itself."""
-        said = [normalised(text) for text in texts] if self.canaries else []
-        common = {canary for canary in self.canaries if any(canary in one for one in said)}
-        if not common:
+        said = [normalised(text) for text in texts] if self.whole else []
+        bare = [_without_digits(text) for text in said]
+        common = {canary for canary in self.whole if any(canary in one for one in said)}
+        common_bare = {canary for canary in self.bare if any(canary in one for one in bare)}
+        if not common and not common_bare:
             return self
         rest = Secret((), 2)
-        rest.canaries = self.canaries - common
-        rest.tree = _tree(rest.canaries)
+        rest._keep(self.whole - common, self.bare - common_bare)
         return rest
+
+
+def _without_digits(text: str) -> str:
+    return "".join(character for character in text if not character.isnumeric())
 
 
 def _canaries(words: Sequence[str], count: int) -> set[str]:
@@ -92,30 +103,41 @@ class Guard:
     """Reads one reply as it grows."""
 
     def __init__(self, secret: Secret) -> None:
-        self.tree = secret.tree
-        self.active: list[tuple[int, dict[str, Any]]] = []
-        """Canaries begun: the place of their beginning in the reply, and what would follow."""
+        self.readers = [Reader(tree) for tree in secret.trees if tree]
         self.length = 0
         self.broken: int | None = None
         """Where the recital begins that was found."""
 
     def push(self, text: str) -> None:
         """Read on."""
-        if self.tree:
+        if self.readers and self.broken is None:
+            whole, bare = self.readers[0], self.readers[-1]
             for letter, place in letters(text):
-                self._read(letter, self.length + place)
+                whole.read(letter, self.length + place)
+                if not letter.isnumeric() and bare is not whole:
+                    bare.read(letter, self.length + place)
+                self.broken = min((r.broken for r in self.readers if r.broken is not None), default=None)
                 if self.broken is not None:
                     return
         self.length += len(text)
-
-    def _read(self, letter: str, place: int) -> None:
-        begun = [*self.active, (place, self.tree)]
-        going = [(start, node[letter]) for start, node in begun if letter in node]
-        self.broken = min((start for start, node in going if "" in node), default=None)
-        self.active = going
 
     def safe(self) -> int:
         """How many characters of the reply are not part of a recital, nor of what may become one."""
         if self.broken is not None:
             return self.broken
-        return min((start for start, _ in self.active), default=self.length)
+        return min((start for reader in self.readers for start, _ in reader.active), default=self.length)
+
+
+class Reader:
+    """Follows all canaries of a tree at once."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self.tree = tree
+        self.active: list[tuple[int, dict[str, Any]]] = []
+        """Canaries begun: the place of their beginning in the reply, and what would follow."""
+        self.broken: int | None = None
+
+    def read(self, letter: str, place: int) -> None:
+        begun = [*self.active, (place, self.tree)]
+        self.active = [(start, node[letter]) for start, node in begun if letter in node]
+        self.broken = min((start for start, node in self.active if "" in node), default=None)

@@ -14,7 +14,7 @@ from orchestration.serving.errors import missing, refused
 from orchestration.serving.judging import ALLOWED
 from orchestration.serving.keys import Owner
 from orchestration.serving.moderation.verdict import Verdict
-from orchestration.serving.service import Service, ServedModel
+from orchestration.serving.service import ServedModel, Service
 
 if TYPE_CHECKING:
     from orchestration.serving.api.forms import ChatForm
@@ -67,7 +67,10 @@ class Kept:
         return (*turns, *own)
 
     async def answered(self, text: str, finish: str | None, verdict: Verdict, model: ServedModel) -> str:
-        """Note the request's turns and the reply; gives the reply's id."""
+        """Note the request's turns and the reply, all of them or none; gives the reply's id."""
+        return await self.service.whatever_comes(self._answered(text, finish, verdict, model))
+
+    async def _answered(self, text: str, finish: str | None, verdict: Verdict, model: ServedModel) -> str:
         if self.cut is not None:
             await self.service.stored(self.service.store.replace_from, self.owner.id, self.id, self.cut)
         add = self.service.store.add_message

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ from ray.util import metrics as ray_metrics
 from actors.serving.protocol import Delta, Request
 from conf.moderation import Moderation as ModerationSettings
 from conf.serving import Serving
+from orchestration.errors import RequestError
 from orchestration.serving.app import create_app
 from orchestration.serving.building import as_plain, load_engine, served_models, spec_of, tokenizer_of
 from orchestration.serving.engine import EngineLoop
@@ -82,7 +84,7 @@ class RemoteEngine:
         self.stream = handle.options(stream=True)
 
     async def submit(self, request: Request) -> AsyncIterator[Delta]:
-        response = self.stream.generate.remote(request)
+        response: Any = self.stream.generate.remote(request)
         ended = False
         try:
             async for delta in response:
@@ -111,7 +113,6 @@ class RemoteEngine:
             return False
 
 
-@serve.deployment
 class Engine:
     """A replica with a model."""
 
@@ -122,7 +123,7 @@ class Engine:
         self.given: dict[str, Any] = {}
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Load the model, or swap in another one. One that cannot be loaded leaves the old one at work, and Serve is told."""
+        """Load the model, or swap in another one. One that cannot be loaded leaves the old one at work, and a line in the log."""
         if user_config == self.given:
             return
         checkpoint, settings = user_config["checkpoint"], self.settings
@@ -132,7 +133,11 @@ class Engine:
                 settings.engine.sequences,
             )  # fmt: skip
         else:
-            await self.loop.swap(lambda: load_engine(checkpoint, settings))
+            try:
+                await self.loop.swap(lambda: load_engine(checkpoint, settings))
+            except Exception:  # Serve would end this replica, and the replies under way with it
+                logger.exception("%s could not be loaded; the model before it goes on", checkpoint)
+                return
         self.tokenizer, self.given = tokenizer_of(checkpoint), user_config
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
@@ -160,7 +165,6 @@ class Engine:
             self.loop.close()
 
 
-@serve.deployment
 class Moderation:
     """A replica that judges texts."""
 
@@ -184,6 +188,11 @@ class Moderation:
         return self.moderator.name, tuple(self.moderator.categories), self.thresholds
 
 
+def deployed(kind: type) -> Any:
+    """A class as a deployment, whose options are still to come."""
+    return serve.deployment(kind)
+
+
 def bare_app() -> FastAPI:
     """The app; its service comes with the first `reconfigure`, before any request, and says whether there is a chat page."""
     from orchestration.serving.page.mount import add_page  # NiceGUI is for the replica alone
@@ -193,8 +202,6 @@ def bare_app() -> FastAPI:
     return app
 
 
-@serve.deployment
-@serve.ingress(bare_app)
 class Ingress:
     """A replica that speaks HTTP."""
 
@@ -224,7 +231,7 @@ class Ingress:
         if self.moderation is None:
             return nobody()
         handle = self.moderation
-        name, categories, defaults = await handle.about.remote()
+        name, categories, thresholds = await handle.about.remote()
 
         async def ask(texts: list[str]) -> list[Scores]:
             try:
@@ -232,7 +239,8 @@ class Ingress:
             except (BackPressureError, RayTaskError, *LOST) as cause:
                 raise ModerationError(type(cause).__name__) from None
 
-        return Judge(name, tuple(categories), ask, settings.moderation.thresholds or defaults)
+        chosen: Any = settings.moderation.thresholds or thresholds  # those of the settings, though its replicas be late
+        return Judge(name, tuple(categories), ask, chosen)
 
     async def _live(self) -> bool:
         return all(await asyncio.gather(*(engine.well() for engine in self.engines.values())))
@@ -240,6 +248,10 @@ class Ingress:
     def check_health(self) -> None:
         if self.service is None:
             raise RuntimeError("the ingress has no service yet")
+
+    def __del__(self) -> None:
+        if self.service is not None:
+            self.service.store.close()
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -254,14 +266,16 @@ def application(wanted: Launch) -> serve.Application:
     engines = {}
     for number, spec in enumerate(wanted.models):
         name = engine_name(number)
-        config = {"checkpoint": spec.checkpoint, "version": spec.version, "revision": settings.revision}
-        engines[spec.name] = Engine.options(name=name, user_config=config, **given[name]).bind(_of_engine(plain))
+        config = {"checkpoint": spec.checkpoint, "version": spec.version}
+        engines[spec.name] = deployed(Engine).options(name=name, user_config=config, **given[name]).bind(_of_engine(plain))
     moderation = None
     if "Moderation" in given:
         config = {"moderation": plain["moderation"], "revision": settings.revision}
-        moderation = Moderation.options(name="Moderation", user_config=config, **given["Moderation"]).bind()
+        moderation = deployed(Moderation).options(name="Moderation", user_config=config, **given["Moderation"]).bind()
     config = {"serving": plain, "models": as_plain(wanted.models)}
-    return Ingress.options(name="Ingress", user_config=config, **given["Ingress"]).bind(engines, moderation)
+    return (
+        deployed(serve.ingress(bare_app)(Ingress)).options(name="Ingress", user_config=config, **given["Ingress"]).bind(engines, moderation)
+    )
 
 
 def _of_engine(plain: dict[str, Any]) -> dict[str, Any]:
@@ -273,14 +287,19 @@ def _of_engine(plain: dict[str, Any]) -> dict[str, Any]:
 def run(wanted: Launch) -> None:
     """Serve on the connected cluster until interrupted; SIGHUP reads checkpoint, prompts and keys again, without dropping a request."""
     deploy(wanted)
-    print(f"serving {', '.join(spec.name for spec in wanted.models)} at http://{wanted.settings.host}:{wanted.settings.port}/v1", flush=True)
+    print(
+        f"serving {', '.join(spec.name for spec in wanted.models)} at http://{wanted.settings.host}:{wanted.settings.port}/v1", flush=True
+    )
     ended, again, revision = threading.Event(), threading.Event(), wanted.settings.revision
     _signals(ended, again)
     while not ended.wait(0.2):
         if again.is_set():
             again.clear()
             revision += 1
-            deploy(_revised(launch(wanted.words), revision))
+            try:
+                deploy(_revised(launch(wanted.words), revision))
+            except (RequestError, RuntimeError) as cause:
+                print(f"chatray: nothing was changed: {' '.join(str(cause).split())[:600]}", file=sys.stderr, flush=True)
 
 
 def _revised(wanted: Launch, revision: int) -> Launch:
@@ -305,11 +324,3 @@ def stop() -> None:
     """End the application, its requests drained, and Serve."""
     serve.delete(APP)
     serve.shutdown()
-
-
-def replicas() -> dict[str, int]:
-    """Running replicas by deployment."""
-    app = serve.status().applications[APP]
-    return {name: deployment.replica_states.get("RUNNING", 0) for name, deployment in app.deployments.items()}
-
-

@@ -25,18 +25,20 @@ class Detokenizer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens complete."""
+        """The text that these tokens complete; those of a character that is still incomplete wait."""
         self.pending += tokens
-        return self._take(len(self.pending) > MOST_PENDING + len(tokens))
+        for waiting in range(min(len(self.pending), MOST_PENDING)):
+            taken = self.pending[: len(self.pending) - waiting]
+            text = self._decoded([*self.before, *taken])
+            if not text.endswith(UNFINISHED):
+                return self._take(taken, text)
+        return self.finish() if len(self.pending) >= MOST_PENDING else ""
 
     def finish(self) -> str:
         """What is left at the end of the reply."""
-        return self._take(True) if self.pending else ""
+        return self._take(self.pending, self._decoded([*self.before, *self.pending])) if self.pending else ""
 
-    def _take(self, anyhow: bool) -> str:
-        base = self._decoded(self.before)
-        text = self._decoded([*self.before, *self.pending])
-        if text.endswith(UNFINISHED) and not anyhow:
-            return ""
-        self.before, self.pending = self.pending, []
-        return text[len(base) :]
+    def _take(self, taken: list[int], text: str) -> str:
+        new = text[len(self._decoded(self.before)) :]
+        self.before, self.pending = taken, self.pending[len(taken) :]
+        return new

@@ -183,7 +183,11 @@ def options(wanted: Launch) -> dict[str, dict[str, Any]]:
         for number in range(len(wanted.models))
     }  # fmt: skip
     # twice as many as the app takes: what is too much is answered by the app, in OpenAI's form, not by Serve's proxy
-    ingress = common | replica_options(settings.ingress) | {"max_ongoing_requests": 2 * limits.ongoing + 16, "max_queued_requests": limits.ongoing}
+    ingress = (
+        common
+        | replica_options(settings.ingress)
+        | {"max_ongoing_requests": 2 * limits.ongoing + 16, "max_queued_requests": limits.ongoing}
+    )
     found = {"Ingress": ingress, **engines}
     if settings.moderation.kind != "off":
         moderation = {"max_ongoing_requests": 16, "max_queued_requests": limits.ongoing}
@@ -203,5 +207,3 @@ def as_yaml(wanted: Launch) -> str:
     }  # fmt: skip
     http = {"host": wanted.settings.host, "port": wanted.settings.port}
     return yaml.safe_dump({"proxy_location": "EveryNode", "http_options": http, "applications": [app]}, sort_keys=False)
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import uvicorn
@@ -46,6 +47,8 @@ def serve(wanted: Launch) -> None:
     """Serve until interrupted."""
     with opened(wanted) as service:
         settings = wanted.settings
+        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.WARNING)
+        logging.getLogger("chatray.serving").setLevel(logging.INFO if settings.log_prompts else logging.WARNING)
         app = create_app(service)
         if settings.page:
             from orchestration.serving.page.mount import add_page

@@ -1,9 +1,9 @@
 """Hidden prompts: instructions around the user's text, from a file that is named by `serving.prompts` and read by replicas alone.
 
-    "*":                       # every model without an entry of its own
-      version: "3"
-      before: You are a careful assistant.      # the beginning of the system message
-      after: Answer in one sentence.            # the end of the last user message
+"*":                       # every model without an entry of its own
+  version: "3"
+  before: You are a careful assistant.      # the beginning of the system message
+  after: Answer in one sentence.            # the end of the last user message
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from orchestration.data.chat import Chat
 from orchestration.serving.engine import Engine
 from orchestration.serving.errors import missing, no_such_model, overloaded, refused, too_many
 from orchestration.serving.judging import Judge
-from orchestration.serving.keys import Keys, Quotas
+from orchestration.serving.keys import Keys, Owner, Quotas
 from orchestration.serving.metrics import Metrics
 from orchestration.serving.prompts import HiddenPrompt
 from orchestration.serving.store.records import NotFound, Refused, StoreBusy
@@ -71,6 +72,11 @@ class Service:
             raise no_such_model(name)
         return self.models[name]
 
+    def log(self, path: str, owner: Owner, texts: Sequence[str]) -> None:
+        """Note a client's texts, where that is wanted."""
+        if self.settings.log_prompts:
+            logger.info("%s of %s: %s", path, owner.name, json.dumps(list(texts), ensure_ascii=True))
+
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """One more request at work.
@@ -102,6 +108,13 @@ class Service:
             raise refused(str(cause)) from None
         except StoreBusy:
             raise overloaded(retry_after=5.0) from None
+
+    async def whatever_comes(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of some work that is finished even if its request is cancelled meanwhile."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return await asyncio.shield(task)
 
     def later(self, work: Coroutine[Any, Any, Any]) -> None:
         """Work that goes on although the request it is of has ended."""

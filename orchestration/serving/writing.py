@@ -17,7 +17,7 @@ from orchestration.serving.errors import out_of_time
 from orchestration.serving.keys import Owner
 from orchestration.serving.moderation.verdict import Verdict
 from orchestration.serving.replies import Draft, Piece, Release, pieces
-from orchestration.serving.service import Service, ServedModel
+from orchestration.serving.service import ServedModel, Service
 from orchestration.serving.stopping import Stops
 from orchestration.serving.store.records import Audit
 

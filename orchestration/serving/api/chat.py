@@ -19,7 +19,7 @@ from orchestration.serving.judging import ALLOWED
 from orchestration.serving.keys import Owner
 from orchestration.serving.moderation.verdict import Verdict
 from orchestration.serving.replies import Piece
-from orchestration.serving.service import Service, ServedModel
+from orchestration.serving.service import ServedModel, Service
 from orchestration.serving.window import Window, fitted
 from orchestration.serving.writing import Job, interleaved, jobs, judged_input, together
 
@@ -98,12 +98,13 @@ async def ask(service: Service, owner: Owner, form: ChatForm) -> Asked:
     refuse_unsupported(form)
     model = service.model(form.model)
     names = _tools(form, model)
-    check_sizes(service, len(form.messages), messages_of(form), form.n or 1)
+    own = messages_of(form)
+    check_sizes(service, len(form.messages), own, form.n or 1)
     if form.top_logprobs is not None and not form.logprobs:
         raise refused("top_logprobs: only allowed when 'logprobs' is true", "top_logprobs")
     if form.top_logprobs and model.hidden:
         raise unsupported("top_logprobs", "what this model did not say is not told; logprobs without it are")
-    own = messages_of(form)
+    service.log("chat", owner, [message.content for message in own])
     kept = await Kept.of(service, owner, form) if form.conversation is not None else None
     longest = room_for_reply(service, model, form.max_completion_tokens or form.max_tokens)
     window = fitted(kept.before(own) if kept else own, model.chat, model.hidden, model.context - longest)
@@ -243,7 +244,7 @@ async def complete(service: Service, asked: Asked) -> dict[str, Any]:
             found.append(choice)
             if asked.form.logprobs and not blocked:
                 logprobs[index] = chat_logprobs([t for piece in reply.pieces for t in piece.tokens], asked.model.chat.token_text)
-    message = [await choice.keep() for choice in found][0]
+    message = await found[0].keep()  # a kept conversation has one choice
     choices = [
         {"index": choice.index, "message": choice.message(), "logprobs": logprobs[choice.index], "finish_reason": choice.finish}
         for choice in found
@@ -297,4 +298,3 @@ def _chunk(asked: Asked, head: Head, choice: Choice, delta: dict[str, Any], logp
     return event(
         head.body([{"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": choice.finish}], **further)
     )  # fmt: skip
-

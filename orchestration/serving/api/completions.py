@@ -18,7 +18,7 @@ from orchestration.serving.errors import ApiError, refused, unsupported
 from orchestration.serving.keys import Owner
 from orchestration.serving.moderation.verdict import Verdict
 from orchestration.serving.replies import Piece
-from orchestration.serving.service import Service, ServedModel
+from orchestration.serving.service import ServedModel, Service
 from orchestration.serving.writing import Job, interleaved, jobs, judged_input, together
 
 DEFAULT_TOKENS = 16
@@ -93,11 +93,13 @@ async def ask(service: Service, owner: Owner, form: CompletionForm) -> AskedText
     count = form.n or 1
     check_sizes(service, len(prompts), tuple(Message("user", text) for text, _ in prompts), count * len(prompts))
     longest = room_for_reply(service, model, form.max_tokens or DEFAULT_TOKENS)
-    wanted, texts = [], []
+    wanted: list[Job] = []
+    texts: list[Text] = []
     drawing = Drawing(
         longest, 1.0 if form.temperature is None else form.temperature, form.top_p or 1.0, logprobs=form.logprobs
     )  # fmt: skip
     said = [text for text, _ in prompts]
+    service.log("completions", owner, said)
     secret = model.hidden.secret.known(said)
     for text, ids in prompts:
         whole = _around(ids, model)
@@ -117,9 +119,7 @@ async def ask(service: Service, owner: Owner, form: CompletionForm) -> AskedText
 def _prompts(form: CompletionForm, model: ServedModel) -> list[tuple[str, list[int]]]:
     """Each prompt as text and tokens. Special tokens are no text, and are refused as ids: nobody may fake a turn."""
     given: Any = form.prompt
-    if isinstance(given, str):
-        given = [given]
-    elif isinstance(given[0], int):
+    if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     if isinstance(given[0], str):
         return list(zip(given, model.chat.texts(given), strict=True))

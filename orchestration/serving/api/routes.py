@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -16,7 +18,7 @@ from orchestration.serving.api.streaming import begun, while_there
 from orchestration.serving.errors import refused, unsupported
 from orchestration.serving.judging import decide
 from orchestration.serving.keys import Owner
-from orchestration.serving.service import Service, ServedModel
+from orchestration.serving.service import ServedModel, Service
 
 ERROR = {
     "type": "object",
@@ -30,10 +32,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (429, "Too many requests, or the quota is used up"), (503, "The engines have no room"), (504, "Out of time"),
     )
 }  # fmt: skip
-STREAMED = {200: {"description": "The answer, or with `stream` its events", "content": {"application/json": {}, "text/event-stream": {}}}}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, or with `stream` its events", "content": {"application/json": {}, "text/event-stream": {}}},
+}
 bearer = HTTPBearer(auto_error=False, description="An API key; none is needed where the server has no keys")
 v1 = APIRouter(prefix="/v1", responses=ERRORS, dependencies=[Depends(bearer)])
 plain = APIRouter()
+PageSize = Annotated[int, Query(ge=1, le=200)]
+After = Annotated[Text | None, Query(max_length=256)]
 Identifier = Annotated[Text, Path(max_length=256)]
 
 
@@ -45,44 +51,47 @@ def owner_of(request: Request) -> Owner:
     return request.scope["chatray.owner"]  # `guarding.py` has found it
 
 
-S, O = Annotated[Service, Depends(service_of)], Annotated[Owner, Depends(owner_of)]  # noqa: E741
+Serving = Annotated[Service, Depends(service_of)]
+Asking = Annotated[Owner, Depends(owner_of)]
 
 
 @v1.post("/chat/completions", responses=STREAMED)
-async def chat_completions(form: ChatForm, request: Request, service: S, owner: O) -> Any:
-    with service.admitted():
+async def chat_completions(form: ChatForm, request: Request, service: Serving, owner: Asking) -> Any:
+    with contextlib.ExitStack() as work:
+        work.enter_context(service.admitted())
         asked = await chat.ask(service, owner, form)
         if form.stream:
-            return await while_there(request, begun(counted(service, chat.stream(service, asked))))
+            return await while_there(request, begun(counted(chat.stream(service, asked), work.pop_all())))
         return JSONResponse(await while_there(request, chat.complete(service, asked)))
 
 
 @v1.post("/completions", responses=STREAMED)
-async def text_completions(form: CompletionForm, request: Request, service: S, owner: O) -> Any:
-    with service.admitted():
+async def text_completions(form: CompletionForm, request: Request, service: Serving, owner: Asking) -> Any:
+    with contextlib.ExitStack() as work:
+        work.enter_context(service.admitted())
         asked = await completions.ask(service, owner, form)
         if form.stream:
-            return await while_there(request, begun(counted(service, completions.stream(service, asked))))
+            return await while_there(request, begun(counted(completions.stream(service, asked), work.pop_all())))
         return JSONResponse(await while_there(request, completions.complete(service, asked)))
 
 
-async def counted(service: Service, events: Any) -> Any:
+async def counted(events: AsyncIterator[bytes], work: contextlib.ExitStack) -> AsyncIterator[bytes]:
     """A stream is at work until its last event."""
-    try:
-        with service.admitted():
+    with work:
+        try:
             async for one in events:
                 yield one
-    finally:
-        await events.aclose()
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]  # a generator
 
 
 @v1.get("/models")
-async def models(service: S) -> dict[str, Any]:
+async def models(service: Serving) -> dict[str, Any]:
     return {"object": "list", "data": [model_body(model) for model in service.models.values()]}
 
 
 @v1.get("/models/{model:path}")
-async def model(model: Identifier, service: S) -> dict[str, Any]:
+async def model(model: Identifier, service: Serving) -> dict[str, Any]:
     return model_body(service.model(model))
 
 
@@ -91,7 +100,7 @@ def model_body(model: ServedModel) -> dict[str, Any]:
 
 
 @v1.post("/moderations")
-async def moderations(form: ModerationForm, service: S) -> dict[str, Any]:
+async def moderations(form: ModerationForm, service: Serving) -> dict[str, Any]:
     if not service.judge.on:
         raise refused("This server moderates nothing (serving.moderation).", "model", "moderation_off")
     given = [form.input] if isinstance(form.input, str) else form.input
@@ -119,27 +128,25 @@ class NewConversation(Form):
 
 
 @v1.post("/conversations")
-async def new_conversation(form: NewConversation, service: S, owner: O) -> dict[str, Any]:
+async def new_conversation(form: NewConversation, service: Serving, owner: Asking) -> dict[str, Any]:
     return conversation_body(await service.stored(service.store.new_conversation, owner.id, title=form.title, consent=form.consent))
 
 
 @v1.get("/conversations")
-async def conversations(
-    service: S, owner: O, limit: Annotated[int, Query(ge=1, le=200)] = 50, after: Annotated[Text | None, Query(max_length=256)] = None
-) -> dict[str, Any]:
+async def conversations(service: Serving, owner: Asking, limit: PageSize = 50, after: After = None) -> dict[str, Any]:
     found = await service.stored(service.store.conversations, owner.id, limit, after)
     return {"object": "list", "data": [conversation_body(one) for one in found]}
 
 
 @v1.get("/conversations/{id}")
-async def conversation(id: Identifier, service: S, owner: O) -> dict[str, Any]:
+async def conversation(id: Identifier, service: Serving, owner: Asking) -> dict[str, Any]:
     found = await service.stored(service.store.conversation, owner.id, id)
     kept = await service.stored(service.store.messages, owner.id, id)
     return conversation_body(found) | {"messages": [message_body(message) for message in kept]}
 
 
 @v1.delete("/conversations/{id}")
-async def delete_conversation(id: Identifier, service: S, owner: O) -> dict[str, Any]:
+async def delete_conversation(id: Identifier, service: Serving, owner: Asking) -> dict[str, Any]:
     await service.stored(service.store.delete_conversation, owner.id, id)
     return {"id": id, "object": "conversation.deleted", "deleted": True}
 
@@ -162,13 +169,13 @@ def message_body(message: Any) -> dict[str, Any]:
 
 
 @plain.get("/health", responses={503: {"description": "The engines do not answer"}})
-async def health(service: S) -> Response:
+async def health(service: Serving) -> Response:
     """Whether requests can be served; for load balancers, without a key."""
     well = await service.live() if service.live else True
     return JSONResponse({"status": "ok" if well else "unavailable"}, 200 if well else 503)
 
 
 @plain.get("/metrics", response_class=PlainTextResponse, responses={404: {"description": "Published elsewhere"}})
-async def metrics(service: S) -> Response:
+async def metrics(service: Serving) -> Response:
     text = service.metrics.text()
     return PlainTextResponse(text) if text is not None else PlainTextResponse("published by Ray\n", 404)

@@ -37,7 +37,7 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
         finally:
             with contextlib.suppress(asyncio.CancelledError):
-                await self.body_iterator.aclose()  # type: ignore[union-attr]  # a generator; one that was not begun closes nothing
+                await self.body_iterator.aclose()  # type: ignore[attr-defined, union-attr]  # a generator; one that was not begun closes nothing
                 await self.source.aclose()  # type: ignore[attr-defined]
 
 

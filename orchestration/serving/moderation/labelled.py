@@ -2,7 +2,7 @@
 
     {"text": "…", "hate": 1, "violence": 0}
 
-The short names of openai/moderation-api-release are understood: H, H2, HR, SH, S, S3, V, V2.
+`"any": 0` says that no category is true of a text. The short names of openai/moderation-api-release are understood: H, H2, HR, SH, S, S3, V, V2.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ def read_labelled(path: Path) -> Labelled:
             text, labels = _row(row.value, f"data: {row.file}, line {row.line}")
             texts.append(text)
             known.append(labels)
-    categories = tuple(dict.fromkeys(name for labels in known for name in labels))
-    return Labelled(tuple(texts), categories, np.array([[labels.get(c, np.nan) for c in categories] for labels in known], dtype=float))
+    categories = tuple(dict.fromkeys(name for labels in known for name in labels if name != ANY))
+    if not categories:
+        raise RequestError(f"data={path}: no text has a label; give some categories, with 1 or 0")
+    found = [[labels.get(name, labels.get(ANY, np.nan)) for name in categories] for labels in known]
+    return Labelled(tuple(texts), categories, np.array(found, dtype=float))
 
 
 def _row(value: dict[str, object], where: str) -> tuple[str, dict[str, float]]:
@@ -82,8 +85,8 @@ def _row(value: dict[str, object], where: str) -> tuple[str, dict[str, float]]:
             labels[NAMES.get(name, name)] = float(label)
         else:
             raise RequestError(f"{where}: {name!r} is neither 1 nor 0; leave it out where it is not known")
-    if ANY in labels:
-        raise RequestError(f"{where}: the category {ANY!r} is made from the others; leave it out")
+    if any(label > labels.get(ANY, 1) for label in labels.values()) or labels.get(ANY) == 1:
+        raise RequestError(f"{where}: {ANY!r} may only be 0, and then no category 1: say which category is true")
     return text, labels
 
 

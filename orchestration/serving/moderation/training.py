@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix, diags
@@ -59,33 +60,41 @@ class Fit:
         return {name: x @ weights + bias for name, (weights, bias) in self.heads.items()}
 
 
-def train(data: Labelled, seed: int = 0) -> LinearModel:
+def train(data: Labelled, seed: int = 0, harmless: Sequence[str] = ()) -> LinearModel:
     """The classifier. `report` of the result holds its out-of-fold figures and thresholds.
+
+    Args:
+        harmless: further texts that no category is true of, such as everyday requests. They are learned from; figures, thresholds and
+            probabilities are of `data` alone, and how often these texts reach a threshold is reported apart (`false_alarms`).
 
     Raises:
         RequestError: too few rows of some kind to learn from.
     """
     data, left_out = _learnable(data)
-    texts = [normal(text) for text in data.texts]
-    apart = out_of_fold(data, texts, seed)
-    centred = {name: _standard(scores) for name, scores in apart.items()}
+    rows = len(data.texts)
+    everything = Labelled((*data.texts, *harmless), data.categories, np.pad(data.labels, ((0, len(harmless)), (0, 0))))
+    texts = [normal(text) for text in everything.texts]
+    apart = out_of_fold(everything, texts, seed)
+    measured = {name: scores[:rows] for name, scores in apart.items()}
+    centred = {name: _standard(scores) for name, scores in measured.items()}
     blends = {ANY: _best_blend(BLENDS[ANY], [ANY], data, centred)}
     blends["categories"] = _best_blend(BLENDS["categories"], [name for name in data.categories if name != ANY], data, centred)
-    whole = _fit(data, texts, seed)
-    weights, biases, probabilities = [], [], []
+    whole = _fit(everything, texts, seed)
+    weights, biases = [], []
+    report: dict[str, Any] = {"rows": rows, "harmless": len(harmless), "left_out": left_out, "seed": seed}
+    report |= {"blends": {name: list(blend) for name, blend in blends.items()}, "measured": {}, "thresholds": {}, "false_alarms": {}}
     for column, name in enumerate(data.categories):
-        known = ~np.isnan(data.labels[:, column])
-        w, b, scores = _combined(name, whole, apart, blends)
+        known = np.flatnonzero(~np.isnan(data.labels[:, column]))
+        w, b, scores = _combined(name, whole, apart, rows, blends)
         scale, shift = _platt(scores[known], data.labels[known, column])
         weights.append(w * scale)
         biases.append(b * scale + shift)
-        probabilities.append(1 / (1 + np.exp(-(scores * scale + shift))))
-    report = {"rows": len(texts), "left_out": left_out, "blends": {name: list(blend) for name, blend in blends.items()}, "seed": seed}
-    report |= {"measured": {}, "thresholds": {}}
-    for column, name in enumerate(data.categories):
-        known = ~np.isnan(data.labels[:, column])
-        report["measured"][name], report["thresholds"][name] = chosen(data.labels[known, column], probabilities[column][known])
-    seen = np.array(sorted({text_number(text) for text in data.texts}), dtype=np.int64)
+        p = 1 / (1 + np.exp(-(scores * scale + shift)))
+        report["measured"][name], limits = chosen(data.labels[known, column], p[known])
+        report["thresholds"][name] = limits
+        if harmless:
+            report["false_alarms"][name] = {n: round(float((p[rows:] >= limits[n]).mean()), 4) for n in ("warn", "block") if n in limits}
+    seen = np.array(sorted({text_number(text) for text in everything.texts}), dtype=np.int64)
     return LinearModel(whole.features, data.categories, np.stack(weights, axis=1), np.array(biases), report, seen)
 
 
@@ -198,9 +207,9 @@ def _precision(name: str, data: Labelled, scores: np.ndarray) -> float:
 
 
 def _combined(
-    name: str, whole: Fit, apart: dict[str, np.ndarray], blends: dict[str, Sequence[float]]
+    name: str, whole: Fit, apart: dict[str, np.ndarray], rows: int, blends: dict[str, Sequence[float]]
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """Weights [F] and bias of a blend, and its out-of-fold scores [N]; scaled as the out-of-fold scores are."""
+    """Weights [F] and bias of a blend, and its out-of-fold scores [N]; standardised as those of the first `rows` are."""
     blend = blends[ANY if name == ANY else "categories"]
     parts = [(name, model, blend[model]) for model in range(len(MODELS))]
     if name != ANY:
@@ -208,7 +217,7 @@ def _combined(
     weights, bias, scores = np.zeros(whole.heads[name][0].shape[0]), 0.0, np.zeros(len(apart[name]))
     for head, model, share in parts:
         of = apart[head][:, model]
-        middle, factor = of.mean(), share / (of.std() + 1e-9)
+        middle, factor = of[:rows].mean(), share / (of[:rows].std() + 1e-9)
         weights += whole.heads[head][0][:, model] * factor
         bias += (whole.heads[head][1][model] - middle) * factor
         scores += (of - middle) * factor
@@ -221,21 +230,24 @@ def _platt(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return max(float(fit.coef_[0, 0]), 1e-3), float(fit.intercept_[0])
 
 
-PRECISE, ENOUGH = 0.8, 5
-"""Precision from which a category may block, and texts over the threshold that must speak for it."""
+FAIR, PRECISE, ENOUGH = 0.5, 0.8, 5
+"""Precision from which a category may warn, and block, and texts over the threshold that must speak for either."""
 
 
 def chosen(y: np.ndarray, p: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
     """(figures, thresholds with the precision and recall they were chosen at) of one category.
 
-    `warn` is where F1 is highest. `block` is the lowest threshold, not below it, from which on at least 80% of the texts are true, by at
-    least five texts; where there is none, nothing is blocked for this category.
+    `warn` is where F1 is highest among thresholds from which on at least half of the texts are true, `block` the lowest, not below it, from
+    which on at least 80% are; at least five texts must reach either. Where there is none, a category does not warn, or not block.
     """
     figures = {"true": int(y.sum()), "known": len(y), "average_precision": round(float(average_precision_score(y, p)), 4)}
     rows = list(_curve(y, p))
-    best = max(rows, key=lambda row: 2 * row[1] * row[2] / max(row[1] + row[2], 1e-9))
+    fair = [row for row in rows if row[1] >= FAIR and row[3] >= ENOUGH]
+    if not fair:
+        return figures, {}
+    best = max(fair, key=lambda row: row[1] * row[2] / (row[1] + row[2]))
     limits = {"warn": _down(best[0]), "warn_precision": round(best[1], 3), "warn_recall": round(best[2], 3)}
-    sure = [row for row in rows if row[1] >= PRECISE and row[3] >= ENOUGH and row[0] >= best[0]]
+    sure = [row for row in fair if row[1] >= PRECISE and row[0] >= best[0]]
     if sure:
         block = min(sure)
         limits |= {"block": _down(block[0]), "block_precision": round(block[1], 3), "block_recall": round(block[2], 3)}

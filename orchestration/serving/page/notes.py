@@ -16,6 +16,10 @@ def told(error: ApiError) -> str:
             return "You are signed out. Reload the page and enter your API key."
         case 429, "insufficient_quota":
             return f"This API key has used up its tokens. Wait {wait}, then try again."
+        case 503, "engine_lost":
+            return "What writes the answers stopped. Try again in a moment."
+        case 503, "moderation_unavailable":
+            return f"The server's moderation does not answer, so nothing is passed on. Wait {wait}, then try again."
         case ((429 | 503), _) if wait:
             return f"The server has too many requests at the moment. Wait {wait}, then try again."
         case 504, _:

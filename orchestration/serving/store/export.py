@@ -1,4 +1,4 @@
-"""Feedback as rows to train on, in the formats `messages` and `rankings` that `data=` reads; `conf/data/feedback.yaml` names both files.
+"""Feedback as rows to train on, in the formats `messages` and `rankings` that `data=` reads; `conf/data/feedback.yaml` names both folders, and `experiment=feedback` trains on them.
 
     thumbs up on an answer           a demonstration
     thumbs up and down, same prompt  one comparison of all these answers, the liked ones before the others
@@ -23,10 +23,17 @@ from typing import Any
 
 from orchestration.errors import RequestError
 from orchestration.run_directory import read_json, write_json
+from orchestration.serving.store.database import url_of
 from orchestration.serving.store.records import Learned
 from orchestration.serving.store.store import Store
 
-FILES = ("demonstrations.jsonl", "comparisons.jsonl")
+DEMONSTRATIONS, COMPARISONS = "demonstrations/feedback.jsonl", "comparisons/feedback.jsonl"
+FILES = (DEMONSTRATIONS, COMPARISONS)
+PARTS = {
+    DEMONSTRATIONS: "{format: messages, path: demonstrations}",
+    COMPARISONS: "{format: rankings, path: comparisons, best_as_demonstration: false}",
+}
+"""How `data.mix` names each file."""
 MANIFEST = "feedback.json"
 """Written last: what an export holds, and which rows were taken out of it later."""
 
@@ -66,6 +73,31 @@ def export(store: Store, folder: Path) -> dict[str, int]:
         raise RequestError(f"out={folder}: cannot be written ({cause})") from cause
     tell(store)
     return counts
+
+
+def export_and_show(url: str, folder: Path) -> None:
+    """`chatray feedback export`.
+
+    Raises:
+        RequestError: as `Store.open` and `export`; or there is no store at that place yet.
+    """
+    place = url_of(url)
+    if place.get_backend_name() == "sqlite" and not Path(str(place.database)).is_file():
+        raise RequestError(f"store={url}: no such file; give the store of the service (its setting is serving.store)")
+    store = Store.open(url)
+    try:
+        counts = export(store, folder)
+        missed = sorted(store.exports_to_tell())
+    finally:
+        store.close()
+    print(f"{folder}: {counts[FILES[0]]} demonstrations, {counts[FILES[1]]} comparisons, of feedback given with consent")
+    there = [PARTS[file] for file in FILES if counts[file]]
+    if len(there) == len(FILES):
+        print(f"To train on them: chatray run experiment=feedback data.path={folder} model.path=<the model that was served>")
+    elif there:
+        print(f"To train on them, give the experiment: data=feedback data.path={folder} \"data.mix=[{there[0]}]\"")
+    for name in missed:
+        print(f"{name}: holds rows that were withdrawn since, and is not on this machine or cannot be written; delete it there")
 
 
 def tell(store: Store) -> list[str]:
@@ -149,11 +181,11 @@ def _edits(feedback: Sequence[Learned]) -> Iterator[Line]:
 
 
 def _demonstration(item: Learned, answer: str, sources: set[str]) -> Line:
-    return _line("demonstrations.jsonl", item, {"messages": [*_prompt(item), {"role": "assistant", "content": answer}]}, sources)
+    return _line(DEMONSTRATIONS, item, {"messages": [*_prompt(item), {"role": "assistant", "content": answer}]}, sources)
 
 
 def _comparison(item: Learned, answers: list[str], ranks: list[int], sources: set[str]) -> Line:
-    return _line("comparisons.jsonl", item, {"messages": _prompt(item), "answers": answers, "ranks": ranks}, sources)
+    return _line(COMPARISONS, item, {"messages": _prompt(item), "answers": answers, "ranks": ranks}, sources)
 
 
 def _prompt(item: Learned) -> list[dict[str, str]]:
@@ -182,6 +214,7 @@ def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         file.unlink(missing_ok=True)
         return
+    file.parent.mkdir(exist_ok=True)
     with open(aside, "w", encoding="utf-8") as opened:
         opened.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         opened.flush()

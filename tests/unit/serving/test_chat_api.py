@@ -52,7 +52,8 @@ def test_the_asynchronous_client(url: str) -> None:
     async def both() -> tuple[str | None, str]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as asked:
             whole, stream = await asyncio.gather(
-                asked.chat.completions.create(model="tiny", messages=ASK), asked.chat.completions.create(model="tiny", messages=ASK, stream=True)
+                asked.chat.completions.create(model="tiny", messages=ASK),
+                asked.chat.completions.create(model="tiny", messages=ASK, stream=True),
             )
             return whole.choices[0].message.content, "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
@@ -182,10 +183,10 @@ def test_an_engine_that_breaks_in_mid_stream_is_an_event() -> None:
     engine = ScriptedEngine(lambda prompt: HELLO)
     engine.breaks_after = 6
     with served(engine) as (url, _):
-        seen = ""
+        stream = iter(client(url).chat.completions.create(model="tiny", messages=ASK, stream=True))
+        seen = next(stream).choices[0].delta.content or ""
         with pytest.raises(openai.APIError, match="engine that wrote this reply stopped"):
-            for chunk in client(url).chat.completions.create(model="tiny", messages=ASK, stream=True):
-                seen += chunk.choices[0].delta.content or ""
+            seen += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert seen and HELLO.startswith(seen)
         with pytest.raises(openai.InternalServerError) as caught:
             client(url).chat.completions.create(model="tiny", messages=ASK)
@@ -209,6 +210,17 @@ def test_more_requests_than_are_taken_at_once_are_429() -> None:
                 return [(await first).status_code, second.status_code]
 
         assert asyncio.run(two()) == [200, 429]
+
+
+def test_streams_are_counted_once_and_until_their_end() -> None:
+    with served(ScriptedEngine(lambda prompt: HELLO), with_settings=settings(ongoing=1)) as (url, service):
+        for _ in range(3):
+            chunks = list(client(url).chat.completions.create(model="tiny", messages=ASK, stream=True))
+            assert chunks[-1].choices[0].finish_reason == "stop"
+        texts = list(client(url).completions.create(model="tiny", prompt="a", stream=True))
+        assert texts
+        assert client(url).models.list().data
+    assert service.ongoing == 0
 
 
 def test_a_client_that_leaves_stops_its_reply_streamed_or_not() -> None:
