@@ -36,7 +36,7 @@ def feed(cat: str) -> int:
 
 <img src=x onerror="document.title='broken in'"> ![dot](http://example.invalid/dot.png) [more](https://example.invalid/)
 """
-LONG = " ".join(f"the cat sat on mat {number}." for number in range(60))
+LONG = " ".join(f"the cat sat on mat {number}." for number in range(50))
 SAID = {
     "markdown": MARKDOWN, "long": LONG, "violent": "first we talk. then they kill him.", "rough": "they fight a bit.",
     "cat": "the cat sat on the mat.",
