@@ -75,7 +75,7 @@ def test_an_answer_streams_and_is_kept(open_site: Site, page: Page) -> None:
     expect(answers(page).last.locator(".markdown")).to_have_text(LONG)
     whole(page)
     assert 0 < len(growing) < len(LONG)
-    assert re.search(r"\d+ read, \d+ written", page.locator(".tokens").inner_text())
+    assert re.search(r"\d+ tokens read, \d+ written", page.locator(".tokens").inner_text())
     assert [(message.role, message.content) for message in stored(open_site, page)] == [("user", "long please"), ("assistant", LONG)]
     assert page.title().startswith("long please")
 

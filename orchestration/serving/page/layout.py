@@ -35,7 +35,7 @@ class Layout:
 
     def __init__(self, theme: Theme, models: list[str], actions: Actions, name: str | None, consent: bool) -> None:
         self.actions, self.writing = actions, False
-        self.drawer = ui.left_drawer().classes("side").props('width=280 aria-label="Conversations"')
+        self.drawer = ui.left_drawer(top_corner=True, bottom_corner=True).classes("side").props('width=280 aria-label="Conversations"')
         self._bar(theme, models)
         self._side(name, consent)
         with ui.element("main").classes("middle").props('id="conversation"'):

@@ -72,9 +72,9 @@ def of_context(answer: Answer) -> str | None:
 
 def tokens(answer: Answer) -> str:
     """Token counts, shortly; "" if they are not known."""
-    if answer.written is None:
+    if not answer.written:
         return ""
-    read = "" if answer.read is None else f"{answer.read} read, "
+    read = "" if answer.read is None else f"{answer.read} tokens read, "
     return f"{read}{answer.written} written"
 
 

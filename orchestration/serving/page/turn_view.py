@@ -120,7 +120,7 @@ class TurnView:
             if answer.id and not answer.blocked:
                 for thumb, icon, label in (("up", "thumb_up", "Good answer"), ("down", "thumb_down", "Bad answer")):
                     self._thumb(answer, thumb, icon, label)
-                icon_button("rate_review", "Comment on this answer", lambda: self.actions.comment(turn, answer))
+                icon_button("o_rate_review", "Comment on this answer", lambda: self.actions.comment(turn, answer))
             ui.label(notes.tokens(answer)).classes("tokens").props('aria-label="Tokens"')
 
     def _thumb(self, answer: Answer, thumb: str, icon: str, label: str) -> None:
