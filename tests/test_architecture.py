@@ -21,6 +21,7 @@ CONFINED = {
     "alembic": ["orchestration/serving/store/"],
     "deepspeed": ["actors/engine.py"],
     "hydra": ["orchestration/config.py"],
+    "nicegui": ["orchestration/serving/page/"],
     "omegaconf": ["orchestration/config.py"],
     "matplotlib": ["orchestration/sweep/plots.py"],
     "optuna": ["orchestration/sweep/search.py"],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestration.data.dialogues import Message
-from orchestration.serving.errors import refused
+from orchestration.serving.errors import missing, refused
 from orchestration.serving.judging import ALLOWED
 from orchestration.serving.keys import Owner
 from orchestration.serving.moderation.verdict import Verdict
@@ -33,23 +33,30 @@ class Kept:
     """The request's."""
     verdict: Verdict = ALLOWED
     """On the request's."""
+    cut: str | None = None
+    """The message from which on the request and its reply take the place of what was there."""
 
     @classmethod
     async def of(cls, service: Service, owner: Owner, form: ChatForm) -> Kept:
         """The conversation that a request names.
 
         Raises:
-            ApiError: there is none of this owner, or it is full.
+            ApiError: there is none of this owner, it has no such message, or it is full.
         """
         assert form.conversation is not None
-        name = form.conversation if isinstance(form.conversation, str) else form.conversation.id
+        name, cut = (form.conversation, None) if isinstance(form.conversation, str) else (form.conversation.id, form.conversation.before)
         if (form.n or 1) > 1:
             raise refused("n: a kept conversation goes on with one reply", "n")
         found = await service.stored(service.store.messages, owner.id, name)
+        if cut is not None:
+            places = [number for number, message in enumerate(found) if message.id == cut]
+            if not places:
+                raise missing("message in this conversation")
+            found = found[: places[0]]
         if len(found) + len(form.messages) >= service.settings.limits.messages:
             raise refused("conversation: it has as many messages as this server keeps; begin another", "conversation")
         told = tuple(Message(m.role, m.content) for m in found if not (m.extra or {}).get("untold"))
-        return cls(service, owner, name, told)
+        return cls(service, owner, name, told, cut=cut)
 
     def before(self, own: tuple[Message, ...]) -> tuple[Message, ...]:
         """Earlier turns and the request's; a system message of the request takes the place of an earlier one."""
@@ -64,6 +71,8 @@ class Kept:
         return await self.service.whatever_comes(self._answered(text, finish, verdict, model))
 
     async def _answered(self, text: str, finish: str | None, verdict: Verdict, model: ServedModel) -> str:
+        if self.cut is not None:
+            await self.service.stored(self.service.store.replace_from, self.owner.id, self.id, self.cut)
         add = self.service.store.add_message
         asked: dict[str, Any] = {"moderation": self.verdict.action, "categories": list(self.verdict.categories)}
         if self.verdict.action == "block":

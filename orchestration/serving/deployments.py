@@ -194,8 +194,12 @@ def deployed(kind: type) -> Any:
 
 
 def bare_app() -> FastAPI:
-    """The app; its service comes with the first `reconfigure`, before any request."""
-    return create_app()
+    """The app; its service comes with the first `reconfigure`, before any request, and says whether there is a chat page."""
+    from orchestration.serving.page.mount import add_page  # NiceGUI is for the replica alone
+
+    app = create_app()
+    add_page(app)
+    return app
 
 
 class Ingress:

@@ -33,9 +33,8 @@ class Guarding:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
+        if scope["type"] != "http":  # the chat page's websocket, which knows its page by an unguessable name, and the app's start and end
+            await self.app(scope, receive, send)
             return
         service: Service = scope["app"].state.service
         status = 500

@@ -107,6 +107,8 @@ def _refused(settings: Serving) -> list[str]:
             found.append(f"serving.{name}.most={replicas.most}: below serving.{name}.least={replicas.least}")
     if settings.ingress.most > 1 and settings.store.startswith("sqlite"):
         found.append(f"serving.ingress.most={settings.ingress.most}: several ingresses share a store; give serving.store=postgresql://…")
+    if settings.page and settings.ingress.most > 1:
+        found.append(f"serving.ingress.most={settings.ingress.most}: the chat page needs one ingress; give serving.page=false")
     if "*" in settings.cors:
         found.append("serving.cors=*: name the origins that may call the API")
     return found

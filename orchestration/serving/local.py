@@ -49,8 +49,13 @@ def serve(wanted: Launch) -> None:
         settings = wanted.settings
         logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.WARNING)
         logging.getLogger("chatray.serving").setLevel(logging.INFO if settings.log_prompts else logging.WARNING)
+        app = create_app(service)
+        if settings.page:
+            from orchestration.serving.page.mount import add_page
+
+            add_page(app)
         config = uvicorn.Config(
-            create_app(service), host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
+            app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
             timeout_graceful_shutdown=int(settings.drain_seconds),
         )  # fmt: skip
         print(f"serving {', '.join(service.models)} at http://{settings.host}:{settings.port}/v1 (one process)", flush=True)

@@ -90,6 +90,8 @@ class Generating(Form):
 
 class ConversationRef(Form):
     id: Name
+    before: Name | None = None
+    """A message of it, for edited and repeated turns: the request takes its place, and later messages go once there is a reply."""
 
 
 class ChatForm(Generating):

@@ -64,6 +64,21 @@ class Answers(Transactions):
 
         return self._write(work)
 
+    def given(self, owner: str, conversation: str) -> list[tuple[str, str, str]]:
+        """Answers recorded of a conversation, oldest first: each one's identifier, the digest of its prompt (`digest_of`) and its text."""
+
+        def work(session: Session) -> list[tuple[str, str, str]]:
+            owned(session, owner, conversation)
+            query = (
+                select(AnswerRow.id, PromptRow.digest, AnswerRow.content)
+                .join(PromptRow, PromptRow.id == AnswerRow.prompt_id)
+                .where(PromptRow.owner == owner, PromptRow.conversation_id == conversation)
+                .order_by(PromptRow.created, AnswerRow.position)
+            )
+            return [(row.id, row.digest, row.content) for row in session.execute(query)]
+
+        return self._read(work)
+
     def add_feedback(self, owner: str, kind: Kind, answers: Sequence[str], value: str, consent: bool = False) -> Feedback:
         """Keep what the owner thinks of answers that were given to them. Said again (another thumb, another choice), it replaces what was
         said before; comments add up.
