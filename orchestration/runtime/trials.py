@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,7 @@ class Plan:
 
 def fit(plan: Plan, watcher: Watcher) -> None:
     """Run the trials that the watcher gives, to their end. The cluster must be connected."""
+    warnings.filterwarnings("ignore", message="Consider boosting PBT")  # an actor that ran PPO is not one to use again
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # why a trial failed is in its folder
     shutil.rmtree(plan.folder / TUNE, ignore_errors=True)
     population = isinstance(plan.scheduler, PBT)
