@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,17 +126,18 @@ class Plan:
 
 def fit(plan: Plan, watcher: Watcher) -> None:
     """Run the trials that the watcher gives, to their end. The cluster must be connected."""
+    warnings.filterwarnings("ignore", message="Consider boosting PBT")  # an actor that ran PPO is not one to use again
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # why a trial failed is in its folder
     shutil.rmtree(plan.folder / TUNE, ignore_errors=True)
     population = isinstance(plan.scheduler, PBT)
     space, asked = {}, None
     if population:  # it must know all its members, and takes no searcher
-        points = [point for _ in range(plan.count) if (point := watcher.next()) is not None]
+        points = [_plain(point) for _ in range(plan.count) if (point := watcher.next()) is not None]
         space = {"point": tune.grid_search(points)}
     else:
         asked = _Asked(watcher)
     tuner = tune.Tuner(
-        tune.with_resources(_trainable(plan.run), lambda config: _resources(plan, config["point"])),
+        tune.with_resources(_trainable(plan.run), lambda config: _resources(plan, _point(config))),
         param_space=space,
         tune_config=tune.TuneConfig(
             metric=METRIC, mode="max", search_alg=asked, scheduler=_scheduler(plan, watcher), num_samples=1 if population else plan.count,
@@ -153,12 +155,21 @@ def fit(plan: Plan, watcher: Watcher) -> None:
 
 def _name(trial: Any) -> str:
     """A trial's number, for good: with PBT its values become those of another."""
-    return f"{trial.config['point'].number:03d}"
+    return f"{_point(trial.config).number:03d}"
+
+
+def _plain(point: Point) -> dict[str, Any]:
+    """For a trial's configuration: Tune keeps anything but plain values aside while it makes the trial."""
+    return {"number": point.number, "values": point.values, "replay": point.replay}
+
+
+def _point(config: dict[str, Any]) -> Point:
+    return Point(**config["point"])
 
 
 def _trainable(run: Run) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
-        point: Point = config["point"]
+        point = _point(config)
         run(Point(int(tune.get_context().get_trial_name()), point.values, point.replay), Channel())
 
     return trial
@@ -179,8 +190,8 @@ def _scheduler(plan: Plan, watcher: Watcher) -> TrialScheduler:
         held = _Held(watcher)
 
         def explore(config: dict[str, Any]) -> dict[str, Any]:
-            point: Point = config["point"]
-            return {**config, "point": Point(point.number, held().explored(point.values))}
+            point = _point(config)
+            return {**config, "point": _plain(Point(point.number, held().explored(point.values)))}
 
         return PopulationBasedTraining(
             time_attr=TIME, perturbation_interval=chosen.interval, quantile_fraction=chosen.quantile, custom_explore_fn=explore,
@@ -218,7 +229,7 @@ class _Asked(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         point = self.watcher().next()
-        return {"point": point} if point is not None else Searcher.FINISHED
+        return {"point": _plain(point)} if point is not None else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The watcher is told by `_Told`."""

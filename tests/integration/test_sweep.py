@@ -51,7 +51,7 @@ def sweep(folder: Path, *words: str, codes: tuple[int, ...] = (0,)) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     asked = command("sweep", *COMMON, f"run_dir={folder / 'sweep'}", *words)
     done = subprocess.run(asked, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode in codes, done.stdout + done.stderr
+    assert done.returncode in codes and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
