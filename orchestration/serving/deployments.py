@@ -102,7 +102,8 @@ class RemoteEngine:
             raise failed() from None
         finally:
             if not ended:
-                response.cancel()
+                with contextlib.suppress(Exception):  # of a request that found no room it raises what was raised before
+                    response.cancel()
 
     async def well(self) -> bool:
         """Whether a replica answers."""

@@ -93,6 +93,7 @@ def test_what_is_no_recital_passes_whole() -> None:
 
 def test_the_model_reads_it_and_the_client_never_does(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "chatray.serving")
     engine = ScriptedEngine(lambda prompt: SPOKEN + BEFORE)
     seen: list[str] = []
     chosen = settings(log_prompts=True)
