@@ -102,7 +102,8 @@ class RemoteEngine:
             raise failed() from None
         finally:
             if not ended:
-                response.cancel()
+                with contextlib.suppress(Exception):  # of a request that found no room it raises what was raised before
+                    response.cancel()
 
     async def well(self) -> bool:
         """Whether a replica answers."""
@@ -263,7 +264,8 @@ def application(wanted: Launch) -> serve.Application:
     """The deployments and how they are bound together."""
     settings, given = wanted.settings, options(wanted)
     plain = asdict(settings)
-    engines = {}
+    engines: dict[str, Any] = {}
+    config: dict[str, Any]
     for number, spec in enumerate(wanted.models):
         name = engine_name(number)
         config = {"checkpoint": spec.checkpoint, "version": spec.version}

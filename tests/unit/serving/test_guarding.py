@@ -28,6 +28,7 @@ def keyed(path: Path, **limits: int) -> str:
 
 def test_a_key_is_needed_and_never_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "chatray.serving")
     keys = read_keys(keyed(tmp_path / "keys.yaml"), settings().limits)
     with served(ScriptedEngine(lambda prompt: "yes"), keys=keys, with_settings=settings(log_prompts=True)) as (url, service):
         good, bad = (openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in ("secret-key-of-alice", "wrong-key"))
@@ -153,7 +154,7 @@ def test_what_breaks_inside_stays_inside() -> None:
 
 
 def test_prompts_are_logged_only_when_asked(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "chatray.serving")
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "my medical history"}]}
     for wanted in (False, True):
         with served(ScriptedEngine(lambda prompt: "yes"), with_settings=settings(log_prompts=wanted)) as (url, _):

@@ -73,7 +73,7 @@ def test_a_recital_is_cut_streamed_and_whole(reciting: httpx.Client, way: str, s
     streamed = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
     assert whole["finish_reason"] == events[-1]["choices"][0]["finish_reason"] == "content_filter"
     assert streamed == whole["message"]["content"]
-    assert shown_words(streamed, secret) < WORDS
+    assert shown_words(streamed, secret) <= 1  # not even the words that lead up to a canary
     assert END not in streamed
 
 
@@ -93,6 +93,7 @@ def test_what_is_no_recital_passes_whole() -> None:
 
 def test_the_model_reads_it_and_the_client_never_does(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "chatray.serving")
     engine = ScriptedEngine(lambda prompt: SPOKEN + BEFORE)
     seen: list[str] = []
     chosen = settings(log_prompts=True)
