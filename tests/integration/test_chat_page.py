@@ -371,15 +371,3 @@ def test_nothing_comes_from_other_hosts_and_nothing_complains(open_site: Site, p
     assert hosts == {urlsplit(open_site.url).netloc}
     assert any(url.startswith("ws:") for url in open_site.requests)
     assert open_site.complaints == []
-
-
-def test_the_page_is_sent_with_its_own_policy(open_site: Site) -> None:
-    with open_site.visitor() as context:
-        answer = context.request.get(open_site.url)
-        policy, text = answer.headers["content-security-policy"], answer.text()
-        elsewhere = context.request.get(f"{open_site.url}/v1/nowhere")
-        body = elsewhere.json()
-    assert "'unsafe-inline'" not in policy.split("style-src")[0]
-    assert re.findall(r"<script(?! nonce=)", text) == [] and "<script nonce=" in text
-    assert elsewhere.status == 404 and body["error"]["message"]
-    assert elsewhere.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
