@@ -103,7 +103,7 @@ def chromium() -> str:
 
 @contextlib.contextmanager
 def site() -> Iterator[Site]:
-    """The page, open for as long as the context lasts. A process can have it once."""
+    """The page, open for as long as the context lasts; one at a time."""
     executable = chromium()
     engine = ScriptedEngine(Script(), step=2, pause=0.004)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

@@ -1,15 +1,19 @@
 """Puts the chat page into the service's app.
 
-NiceGUI keeps a page's state in the process that sent it, and its app is one for the process. So a process has one chat page, and
+NiceGUI keeps a page's state in the process that sent it, and its app is one for the process. So a process has one chat page at a time, and
 requests of a browser must always reach the same process (CONTRIBUTING.md says what follows for Ray Serve).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import re
 import secrets
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import nicegui
 from fastapi import FastAPI
@@ -32,40 +36,54 @@ POLICY = (
 """Vue compiles templates in the browser ('unsafe-eval') and NiceGUI styles elements in place ('unsafe-inline'). A script that stands in
 the page runs only with the nonce that the page was sent with, so markup that slipped in cannot run one."""
 SCRIPT = re.compile(rb"<script(?=[\s>])")
+OUTER = "chatray.app"
+"""In a request's scope: our app, where `app` is NiceGUI's by then."""
 SESSION_SECONDS = 12 * 3600
 RECONNECT_SECONDS = 5.0
 
 
 def add_page(app: FastAPI) -> None:
     """The chat page at `/`, and a conversation's page at `/c/ID`, of the service that stands in `app.state` when a page is asked for. Call
-    it last: it is tried after the app's own routes.
+    it last: it is tried after the app's own routes. Several apps of a process may have it, one after the other."""
+    host, own = _host(), app.router.lifespan_context
+    app.state.sessions = Sessions(lambda: app.state.service)
 
-    Raises:
-        RuntimeError: this process has a chat page already.
-    """
-    if nicegui.app.config.has_run_config:
-        raise RuntimeError("this process has a chat page already; NiceGUI serves one app in a process")
-    sessions = Sessions(lambda: app.state.service)
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[Any]:
+        if nicegui.app.is_started:
+            raise RuntimeError("a chat page is being served in this process already; NiceGUI's state is one for the process")
+        async with host.router.lifespan_context(host), own(app) as state:
+            yield state
+
+    app.router.lifespan_context = lifespan
+    app.routes.append(PageMount(app))
+
+
+@functools.cache
+def _host() -> FastAPI:
+    """NiceGUI's app with our pages; it is configured once in a process. What it is mounted in here only starts and stops it: that mount
+    takes every path, `PageMount` takes the page's."""
 
     async def index(request: Request) -> None:
-        await _build(sessions, request, None)
+        await _build(request, None)
 
     async def conversation(request: Request, name: str) -> None:
-        await _build(sessions, request, name)
+        await _build(request, name)
 
     ui.page("/", title="chatray")(index)
     ui.page("/c/{name}", title="chatray")(conversation)
     nicegui.app.add_static_files("/_chatray", STATIC)
+    host = FastAPI()
     ui.run_with(
-        app, title="chatray", favicon=STATIC / "icon.svg", dark=None, language="en-GB", tailwind=False, show_welcome_message=False,
+        host, title="chatray", favicon=STATIC / "icon.svg", dark=None, language="en-GB", tailwind=False, show_welcome_message=False,
         reconnect_timeout=RECONNECT_SECONDS, storage_secret=secrets.token_hex(32),
         session_middleware_kwargs={"session_cookie": "chatray_session", "max_age": SESSION_SECONDS, "same_site": "strict"},
     )  # fmt: skip
-    app.routes.pop()  # the mount that `run_with` made takes every path
-    app.routes.append(PageMount(app))
+    return host
 
 
-async def _build(sessions: Sessions, request: Request, conversation: str | None) -> None:
+async def _build(request: Request, conversation: str | None) -> None:
+    sessions: Sessions = request.scope[OUTER].state.sessions
     ui.add_head_html(f'<link rel="stylesheet" href="/_chatray/page.css?{_version("page.css")}">')
     ui.add_head_html(f'<script defer src="/_chatray/page.js?{_version("page.js")}"></script>')
     ui.add_head_html('<meta name="robots" content="noindex">')
@@ -91,7 +109,8 @@ class PageMount(Mount):
         service = self.outer.state.service
         if service is None or not service.settings.page or not PATHS.fullmatch(scope.get("path", "")):
             return Match.NONE, {}
-        return super().matches(scope)
+        match, child = super().matches(scope)
+        return match, {**child, OUTER: self.outer}
 
 
 class Policy:
