@@ -24,6 +24,7 @@ import yaml
 
 from orchestration import config as configuration
 from orchestration.runtime import operator_metrics
+from orchestration.serving.launch import is_loopback
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"
@@ -286,15 +287,20 @@ def test_the_job_is_a_run_that_composes_and_fits(tmp_path: Path) -> None:
     assert int(resources["cpu"]) >= sum(getattr(config.placement, role).cpus for role in config.roles_of_ppo()) * config.placement.devices
 
 
-def test_the_service_starts_what_there_is() -> None:
-    """Serving is built apart: once its module is there, the name in the manifest must be in it."""
+def test_the_service_starts_what_there_is(tmp_path: Path) -> None:
+    """The builder that the manifest names, with words that `chatray serve` understands, API keys, and the GPU that its pods have."""
     (service,) = objects("RayService")
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     module, _, builder = application["import_path"].partition(":")
-    assert application["args"]["words"][0].startswith("checkpoint=/runs/")
-    if importlib.util.find_spec("orchestration.serving") is None:
-        pytest.skip(f"{module} is not there yet")
     assert callable(getattr(importlib.import_module(module), builder))
+    checkpoint, *words = application["args"]["words"]
+    assert checkpoint.startswith("checkpoint=/runs/")
+    serving = configuration.load(words, tmp_path, reads_data=False, consistent=False).serving
+    assert serving.keys and not is_loopback(serving.host)
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert serving.engines.gpus == int(limits["nvidia.com/gpu"])
+    assert serving.engines.most == group["maxReplicas"]
 
 
 # scripts and images
