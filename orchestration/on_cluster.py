@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything imports torch
@@ -58,11 +58,8 @@ def _check(wanted: Submission) -> int:
         from orchestration import recipe
 
         found["run_dir"] = config.run_dir
-        try:
+        with nothing_left(Path(config.run_dir)):
             found["stages"] = recipe.rehearse(config, notes.append)
-        finally:
-            with contextlib.suppress(OSError):
-                Path(config.run_dir).rmdir()  # made to look at it; a run's own is not empty
     except RequestError as error:
         found["mistakes"] = error.mistakes
     except RunError as error:
@@ -72,7 +69,19 @@ def _check(wanted: Submission) -> int:
 
 
 @contextlib.contextmanager
-def _told():
+def nothing_left(run_dir: Path) -> Iterator[None]:
+    """Remove the run directory and those above it that were made meanwhile, to look at the storage, and are empty."""
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
     try:
         yield
     except RequestError as error:

@@ -86,6 +86,7 @@ def run_training(config: Config, task: Task, directory: StageDirectory, watch: C
             result = train(config, task, DirectorySession(0, 1, directory))
         else:
             result = _under_ray_train(config, task, directory, watch)
+    (directory.path / STOP).unlink(missing_ok=True)
     if result is None:
         point = directory.last()
         raise stopping.stopped(directory.path.name, point.step if point else 0)
@@ -154,7 +155,6 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
         outcome["error"] = error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        (directory.path / STOP).unlink(missing_ok=True)
 
 
 def _rank(job: dict[str, Any]) -> None:

@@ -207,6 +207,17 @@ def test_a_job_is_noted_in_the_run_directory(tmp_path: Path, monkeypatch: pytest
     assert lines[0]["code"] == {"commit": "abc"} and "deepspeed" in lines[0]["versions"]
 
 
+def test_a_check_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "try"
+    with on_cluster.nothing_left(run):
+        run.mkdir(parents=True)
+    assert list(tmp_path.iterdir()) == []
+    run.mkdir(parents=True)
+    with pytest.raises(RequestError), on_cluster.nothing_left(run):
+        raise RequestError("refused")
+    assert run.is_dir()
+
+
 class Answering(BaseHTTPRequestHandler):
     """A server that says what Ray it is."""
 
