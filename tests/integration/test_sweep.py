@@ -65,7 +65,13 @@ def test_trials_whose_roles_are_ranks_use_the_group_that_tune_reserved(tmp_path:
     share = (os.cpu_count() or 1) * 0.6 / 5
     ranks = [f"placement.{role}.cpus={share}" for role in ("policy", "critic", "reference", "reward", "rollout")]
     said = sweep(
-        tmp_path, *models, *ranks, "ppo.steps=2", "sweep.every=1", "sweep.trials=2", "deadlines.start=90", "placement.train.ranks=1"
+        tmp_path,
+        *models,
+        *ranks,
+        "ppo.steps=2",
+        "sweep.every=1",
+        "sweep.trials=2",
+        "deadlines.start=120",
     )
     assert "1 at a time (1 fit on the cluster)" in said
     assert {name: row["status"] for name, row in rows(tmp_path).items()} == {"000": "finished", "001": "finished"}, said
