@@ -89,7 +89,7 @@ def request(words: Sequence[str]) -> Request:
         mistakes += _contradictions(sweep, config) + preparing.judge_mistakes(sweep, config)
         attempt("space", lambda: parsed(sweep.space, config))
         attempt("judge", lambda: configuration.load(preparing.judge_words(own, sweep, config)))
-    if config is not None and "space" in found:
+    if config is not None and "space" in found and sweep.search == "random":
         mistakes += _impossible(sweep, config, found["space"])
     if mistakes or config is None:
         raise RequestError(mistakes)

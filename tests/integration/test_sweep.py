@@ -62,11 +62,10 @@ def rows(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_trials_whose_roles_are_ranks_use_the_group_that_tune_reserved(tmp_path: Path, models: list[str]) -> None:
     """The ranks of a trial want more than half of the CPUs: no second group for them could ever be had beside Tune's own."""
-    share = (os.cpu_count() or 1) * 0.6 / 5
-    ranks = [f"placement.{role}.cpus={share}" for role in ("policy", "critic", "reference", "reward", "rollout")]
-    said = sweep(
-        tmp_path, *models, *ranks, "ppo.steps=2", "sweep.every=1", "sweep.trials=2", "deadlines.start=90", "placement.train.ranks=1"
-    )
+    share = (os.cpu_count() or 1) * 0.6 / 3
+    few = ["ppo.advantage=reinforce", "lora.rank=2", "lora.roles=[policy]"]  # no critic, and the policy is its own reference
+    ranks = [f"placement.{role}.cpus={share}" for role in ("policy", "reward", "rollout")]
+    said = sweep(tmp_path, *models, *few, *ranks, "ppo.steps=2", "sweep.every=1", "sweep.trials=2", "deadlines.start=120")
     assert "1 at a time (1 fit on the cluster)" in said
     assert {name: row["status"] for name, row in rows(tmp_path).items()} == {"000": "finished", "001": "finished"}, said
     assert all(row["step"] == 2 for row in rows(tmp_path).values())
@@ -130,6 +129,7 @@ def killed(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path, killed: list[subprocess.Popen[bytes]]) -> None:
     """The models are made by the sweep itself; killed in its second trial, continued, refused with other settings, and its best run."""
+    before = {process.pid for process in ray_processes()}
     words = [
         *ALONE,
         "ppo.steps=6",
@@ -150,12 +150,11 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path, killed: list
         time.sleep(0.02)
     os.kill(killed[0].pid, signal.SIGKILL)
     killed[0].wait()
-    assert wait_until_gone(lambda: [p for p in ray_processes() if str(folder) in " ".join(p.cmdline())]) == []
+    assert wait_until_gone(lambda: [process for process in ray_processes() if process.pid not in before]) == []
     first = records.trial(folder, 0)
     made = {path: path.stat().st_mtime_ns for part in ("base", "judge", "trials/000") for path in (folder / part).rglob("*.safetensors")}
     assert first.status == "finished" and len(made) >= 4
-    before = len(second.points())
-    assert before < 7
+    assert 3 <= len(second.points()) < 7
 
     said = sweep(tmp_path, *words)
     assert "going on" in said and "2 of 3 trials to run" in said
