@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from orchestration.serving.errors import too_many
 from orchestration.serving.keys import Keys, Owner, hashed
@@ -24,10 +24,19 @@ def open_site() -> Iterator[Site]:
         yield found
 
 
-@pytest.fixture
-def page(open_site: Site) -> Iterator[Page]:
-    with open_site.page() as found:
+@pytest.fixture(scope="module")
+def visitor(open_site: Site) -> Iterator[BrowserContext]:
+    """One browser profile for most tests: what a page loads is then in its cache."""
+    with open_site.visitor() as found:
         yield found
+
+
+@pytest.fixture
+def page(open_site: Site, visitor: BrowserContext) -> Iterator[Page]:
+    found = visitor.new_page()
+    found.goto(open_site.url)
+    yield found
+    found.close()
 
 
 def composer(page: Page) -> Locator:
