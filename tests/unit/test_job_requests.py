@@ -138,7 +138,7 @@ def test_the_wheel_has_all_of_the_code_and_nothing_else(wheels: wheel.Wheel, tmp
         file.relative_to(ROOT).as_posix()
         for package in wheel.PACKAGES
         for file in (ROOT / package).rglob("*")
-        if file.suffix in (".py", ".yaml")
+        if file.is_file() and "__pycache__" not in file.parts
     }
     assert code <= names
     assert {name for name in names - code if ".dist-info/" not in name} == set()
