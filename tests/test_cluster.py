@@ -24,7 +24,7 @@ import yaml
 
 from orchestration import config as configuration
 from orchestration.runtime import operator_metrics
-from orchestration.serving.launch import is_loopback
+from orchestration.serving.keys import is_loopback
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -10,6 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestration.serving.errors import ApiError
+from orchestration.serving.keys import is_loopback
 from orchestration.serving.service import Service
 
 SECURITY_HEADERS = (
@@ -33,10 +35,13 @@ class Guarding:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the chat page's websocket, which knows its page by an unguessable name, and the app's start and end
+        service: Service | None = scope["app"].state.service
+        if scope["type"] == "websocket" and service is not None and not _named_as_here(scope, service):
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http" or service is None:  # else the page's websocket, which knows its page by an unguessable name
             await self.app(scope, receive, send)
             return
-        service: Service = scope["app"].state.service
         status = 500
 
         async def sent(message: Message) -> None:
@@ -60,6 +65,10 @@ class Guarding:
 
     def _admit(self, scope: Scope, service: Service) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
+        if not _named_as_here(scope, service):
+            raise ApiError(
+                421, "Without API keys this server answers under this machine's own names alone, such as localhost.", code="wrong_host"
+            )
         if scope["path"] in OPEN_PATHS or not self._guarded(scope["path"]):
             scope["chatray.owner"] = service.keys.everybody
             return
@@ -73,6 +82,16 @@ class Guarding:
 
     def _guarded(self, path: str) -> bool:
         return path.startswith("/v1/") or path == "/metrics"
+
+
+def _named_as_here(scope: Scope, service: Service) -> bool:
+    """Whether whoever asks called this machine by a name of its own. Without keys, a page of another site that lets its own name point
+    here (DNS rebinding) could read everything that a browser on this machine can."""
+    if service.keys.entries is not None:
+        return True
+    given: dict[bytes, bytes] = dict(scope["headers"])
+    host = urlsplit(f"//{given.get(b'host', b'').decode('latin-1')}").hostname
+    return host is not None and is_loopback(host)
 
 
 class Origins:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from conf.serving import Replicas, Serving
 from orchestration import config as configuration
 from orchestration.errors import RequestError
 from orchestration.run_directory import ROUND, digest, sealed
-from orchestration.serving.keys import read_keys
+from orchestration.serving.keys import is_loopback, read_keys
 from orchestration.serving.prompts import read_prompts
 
 OWN = ("run", "checkpoint", "stage")
@@ -112,14 +111,6 @@ def _refused(settings: Serving) -> list[str]:
     if "*" in settings.cors:
         found.append("serving.cors=*: name the origins that may call the API")
     return found
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address cannot be reached from elsewhere."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _models(own: dict[str, str], settings: Serving, base: Path) -> tuple[ModelSpec, ...]:

@@ -15,8 +15,8 @@ import yaml
 from orchestration import cli
 from orchestration.errors import RequestError
 from orchestration.serving.errors import ApiError
-from orchestration.serving.keys import Owner, Quotas, hashed, make_key, read_keys
-from orchestration.serving.launch import is_loopback, launch
+from orchestration.serving.keys import Owner, Quotas, hashed, is_loopback, make_key, read_keys
+from orchestration.serving.launch import launch
 from tests.serving_stand_ins import ScriptedEngine, served, settings, write_yaml
 
 ASK: Any = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -139,6 +139,23 @@ def test_security_headers_and_no_cross_origin_by_default() -> None:
         other = httpx.options(f"{url}/v1/chat/completions", headers=preflight | {"origin": "https://third.example"})
     assert opened.headers["access-control-allow-origin"] == "https://elsewhere.example"
     assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("elsewhere.example", 421), ("127.0.0.1.elsewhere.example:8000", 421)],
+)
+def test_without_keys_only_names_of_this_machine_are_answered(host: str, status: int) -> None:
+    """A page elsewhere can let its own name point to 127.0.0.1, and would then be of the same origin."""
+    with served(ScriptedEngine(lambda prompt: "yes")) as (url, _):
+        answers = [httpx.get(f"{url}{path}", headers={"host": host}) for path in ("/v1/models", "/health")]
+    assert [answer.status_code for answer in answers] == [status, status]
+
+
+def test_with_keys_any_name_is_answered(tmp_path: Path) -> None:
+    key = {"authorization": "Bearer secret-key-of-alice", "host": "chat.example"}
+    with served(ScriptedEngine(lambda prompt: "yes"), keys=read_keys(keyed(tmp_path / "keys.yaml"), settings().limits)) as (url, _):
+        assert httpx.get(f"{url}/v1/models", headers=key).status_code == 200
 
 
 def test_what_breaks_inside_stays_inside() -> None:
