@@ -257,12 +257,15 @@ class _Told(tune.Callback):
         self.watcher().ended(int(str(trial)), None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.watcher().ended(int(str(trial)), _reason(trial), str(trial.get_error() or ""))
+        trace = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+        self.watcher().ended(int(str(trial)), _reason(trial), trace)
 
 
 def _reason(trial: Any) -> str:
     """What a trial failed with, in a sentence."""
-    error = trial.get_pickled_error()
+    # Tune's own `get_pickled_error` looks where the file is copied to, which may be later.
+    file = trial.pickled_error_file
+    error = ray.cloudpickle.loads(Path(file).read_bytes()) if file and Path(file).exists() else None
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, ray.exceptions.RayActorError):
         return f"its process died ({' '.join(str(cause).split())[:300]}); if it ran out of memory, lower sweep.concurrency"

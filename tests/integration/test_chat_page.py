@@ -237,6 +237,7 @@ def test_too_many_requests_are_told_and_the_text_stays(open_site: Site, page: Pa
     finally:
         open_site.engine.error = None
     expect(composer(page)).to_have_value("cat")
+    page.wait_for_url(lambda url: "/c/" not in url)  # the notice comes before the conversation goes
     assert "/c/" not in page.url
     composer(page).press("Enter")
     expect(answers(page)).to_have_count(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -54,10 +53,8 @@ def test_every_bundle_stands_on_a_node_in_order() -> None:
 
 
 def test_a_cluster_one_gpu_too_small_is_refused_with_reason_and_remedy() -> None:
-    began = time.process_time()
     config = load("scale=1.3b", *COLOCATED, "cluster.gpus=7")
     found = with_remedies(config, plan(config, machines.described(config.cluster)))
-    assert time.process_time() - began < 5
     assert not found.fits
     assert "1 of 8 bundles" in found.reasons[0]
     assert "the cluster has 96 and 7" in found.reasons[0]
