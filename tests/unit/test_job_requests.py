@@ -21,6 +21,7 @@ from orchestration.jobs.client import Job, Jobs
 from orchestration.jobs.watch import RUN_DIR
 from orchestration.jobs.words import Submission, ask, submission, with_scheme
 
+os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # a job's driver hides GPUs as soon as it is imported; other tests pretend to have some
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ("--address", "http://head:8265")
 

@@ -85,9 +85,7 @@ REFUSED = {
 def test_the_first_remedy_of_each_refusal_keeps_the_model_and_fits(name: str) -> None:
     words = REFUSED[name]
     config, nodes, _ = settled(words, laptop)
-    began = time.process_time()
     found = with_remedies(config, plan(config, nodes, timed=False))
-    assert time.process_time() - began < 10
     assert not found.fits and found.remedies
     first = found.remedies[0].changes
     assert not any(word.startswith(("scale=", "lora.rank=")) for word in first)
@@ -171,9 +169,7 @@ def test_sleeping_roles_need_the_device_in_turns_and_the_host_together() -> None
 
 
 def test_the_published_175b_recipe_fits_64_gpus_and_says_what_binds() -> None:
-    began = time.process_time()
     found = planned("experiment=instructgpt_175b", "cluster=a100x64")
-    assert time.process_time() - began < 5
     assert found.fits, found.reasons
     assert "memory" in found.binds
     assert found.roles["policy"].parameters == 174_604_468_224
