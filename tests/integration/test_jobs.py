@@ -24,7 +24,8 @@ from orchestration.run_directory import RunDirectory, read_records
 
 pytestmark = pytest.mark.ray
 
-STEPS = 8
+STEPS = 40
+"""So many that PPO is still at it when what it printed of its first step has come back over HTTP."""
 SHORT = ("experiment=smoke", f"ppo.steps={STEPS}", "commit.every=1000", "run_dir=run")
 
 
