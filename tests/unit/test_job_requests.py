@@ -21,7 +21,6 @@ from orchestration.jobs.client import Job, Jobs
 from orchestration.jobs.watch import RUN_DIR
 from orchestration.jobs.words import Submission, ask, submission, with_scheme
 
-os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # a job's driver hides GPUs as soon as it is imported; other tests pretend to have some
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ("--address", "http://head:8265")
 
@@ -193,10 +192,15 @@ def test_a_secret_that_the_cluster_does_not_have_is_named(at_home: Path) -> None
 
 
 def test_a_driver_sees_no_gpu() -> None:
-    show = "import orchestration.on_cluster, os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    """From before anything imports torch, which looks once; whoever imports the module keeps theirs."""
+    show = (
+        "import os, sys; from orchestration import on_cluster; before = os.environ['CUDA_VISIBLE_DEVICES']; "
+        "on_cluster._run = lambda wanted: print(before, repr(os.environ['CUDA_VISIBLE_DEVICES']), 'torch' in sys.modules); "
+        "on_cluster.main(['run', 'run', 'experiment=smoke'])"
+    )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     done = subprocess.run([sys.executable, "-c", show], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "''"
+    assert done.stdout.split() == ["0,1", "''", "False"]
 
 
 def test_a_job_is_noted_in_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

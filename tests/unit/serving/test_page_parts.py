@@ -34,23 +34,26 @@ TAGS = {
 }  # fmt: skip
 
 
-def assert_harmless(html: str) -> None:
-    for tag, attributes in re.findall(r"</?([a-zA-Z0-9]+)([^>]*)>", html):
-        assert tag in TAGS, html
-        names = set(re.findall(r'([a-z-]+)="', attributes))
-        assert names <= {"href", "class", "title", "start", "style"}, html
-        assert not re.search(r'href="\s*(javascript|data|vbscript):', attributes, re.IGNORECASE), html
-        assert "style" not in names or re.search(r'style="text-align:(left|right|center)"', attributes), html
+def harmful(html: str) -> list[str]:
+    """The tags that no page should get from a model."""
+    return [f"<{tag}{attributes}>" for tag, attributes in re.findall(r"</?([a-zA-Z0-9]+)([^>]*)>", html) if not _harmless(tag, attributes)]
+
+
+def _harmless(tag: str, attributes: str) -> bool:
+    names = set(re.findall(r'([a-z-]+)="', attributes))
+    linked = re.search(r'href="\s*(javascript|data|vbscript):', attributes, re.IGNORECASE)
+    styled = "style" not in names or re.search(r'style="text-align:(left|right|center)"', attributes)
+    return tag in TAGS and names <= {"href", "class", "title", "start", "style"} and not linked and bool(styled)
 
 
 @pytest.mark.parametrize("text", ATTACKS)
 def test_markup_of_a_model_is_text(text: str) -> None:
-    assert_harmless(rendered(text))
+    assert harmful(rendered(text)) == []
 
 
 @given(st.lists(st.sampled_from([*ATTACKS, "`", "*", "\n", "](", "<", ">", '"', "|", "x", "    "]), max_size=12))
 def test_markup_stays_text_in_whatever_it_stands(parts: list[str]) -> None:
-    assert_harmless(rendered("".join(parts)))
+    assert harmful(rendered("".join(parts))) == []
 
 
 def test_markdown_is_rendered() -> None:
