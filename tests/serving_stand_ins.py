@@ -25,7 +25,7 @@ from orchestration.data.chat import Chat, learn_tokenizer
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.serving.app import create_app
 from orchestration.serving.judging import in_process, nobody
-from orchestration.serving.keys import Keys
+from orchestration.serving.keys import Keys, Owner, hashed
 from orchestration.serving.metrics import PrometheusMetrics
 from orchestration.serving.prompts import HiddenPrompt
 from orchestration.serving.service import ServedModel, Service
@@ -51,6 +51,15 @@ def settings(**limits: Any) -> Serving:
     """The shipped settings with other limits."""
     own = {name: limits.pop(name) for name in list(limits) if name in Serving.__dataclass_fields__}
     return dataclasses.replace(defaults(), limits=dataclasses.replace(defaults().limits, **limits), **own)
+
+
+ALICE, BOB = {"authorization": "Bearer key-of-alice"}, {"authorization": "Bearer key-of-bob"}
+
+
+def two_owners() -> Keys:
+    """Keys of two clients."""
+    entries = [(hashed(f"key-of-{name}"), Owner(f"key-{name}", name, 0, 0)) for name in ("alice", "bob")]
+    return Keys(entries, defaults().limits)
 
 
 class ScriptedEngine:

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from orchestration.serving.api.feedback import feedback
 from orchestration.serving.api.routes import plain, v1
 from orchestration.serving.api.streaming import ClientLeft
 from orchestration.serving.errors import ApiError, failed
@@ -25,8 +26,7 @@ LEFT = 499
 
 
 def create_app(service: Service | None = None) -> FastAPI:
-    """The app of a service; `app.state.service` may be set, and replaced, later. The chat page and feedback are further routers
-    (`app.include_router`)."""
+    """The app of a service; `app.state.service` may be set, and replaced, later. The chat page is added by `page.mount`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -37,6 +37,7 @@ def create_app(service: Service | None = None) -> FastAPI:
     app = FastAPI(title="chatray", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.include_router(v1)
+    app.include_router(feedback)
     app.include_router(plain)
     _answer_errors(app)
     app.add_middleware(Guarding)

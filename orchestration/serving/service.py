@@ -102,8 +102,8 @@ class Service:
         """
         try:
             return await asyncio.to_thread(call, *arguments, **further)
-        except NotFound:
-            raise missing("conversation") from None
+        except NotFound as cause:
+            raise missing(cause.what) from None
         except Refused as cause:
             raise refused(str(cause)) from None
         except StoreBusy:

@@ -3,82 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
-import socket
-import subprocess
+import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 import yaml
+from playwright.sync_api import expect, sync_playwright
 
-from orchestration.serving.keys import make_key
-from tests.conftest import COMMAND
-from tests.serving_stand_ins import TINY_CONTEXT, tiny_checkpoint, write_yaml
+from orchestration.serving.store.store import Store
+from tests.chat_page import chromium
+from tests.served import ASK, SECONDS, Served, load, replicas, serving
+from tests.serving_stand_ins import TINY_CONTEXT, tiny_checkpoint
 
 pytestmark = pytest.mark.ray
-
-ASK: Any = [{"role": "user", "content": "where is the cat?"}]
-SECONDS = 180
-
-
-@dataclass
-class Served:
-    """A running service."""
-
-    process: subprocess.Popen
-    url: str
-    key: str
-    folder: Path
-
-    def client(self, **further: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60, **further)
-
-    def version(self) -> str:
-        found = self.client().chat.completions.create(model="tiny", messages=ASK, max_tokens=1)
-        return str((found.model_extra or {})["chatray"]["model_version"])
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def wait_for(line: str, process: subprocess.Popen, log: Path) -> None:
-    until = time.monotonic() + SECONDS
-    while line not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_checkpoint(folder / "tiny", seed=0)
-    key = make_key(folder / "keys.yaml", "test")
-    write_yaml(folder / "prompts.yaml", {"*": {"version": 1, "before": "Be brief and kind to every one of the cats of this house."}})
-    port, log = free_port(), folder / "log"
-    words = [
-        "serve", "checkpoint=tiny", f"serving.port={port}", "serving.keys=keys.yaml", "serving.prompts=prompts.yaml",
+    words = (
         "serving.tools=taskmaster", "serving.moderation.kind=trained", "serving.limits.waiting=4", "serving.engine.sequences=8",
-    ]  # fmt: skip
-    with log.open("w") as out:
-        process = subprocess.Popen([str(COMMAND), *words], cwd=folder, stdout=out, stderr=out)
-        try:
-            wait_for("serving tiny at", process, log)
-            yield Served(process, f"http://127.0.0.1:{port}", key, folder)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=90)
-    assert key not in log.read_text()
-    assert process.returncode == 0, log.read_text()
+    )  # fmt: skip
+    with serving(tmp_path_factory.mktemp("served"), *words) as found:
+        yield found
 
 
 def test_the_official_client_whole_streamed_and_asynchronous(service: Served) -> None:
@@ -186,3 +139,123 @@ def test_another_checkpoint_and_prompt_are_swapped_in_without_losing_a_request(s
 
 def test_health_needs_no_key(service: Served) -> None:
     assert httpx.get(f"{service.url}/health", timeout=30).json() == {"status": "ok"}
+
+
+def test_feedback_over_http_is_in_the_store_that_is_exported(service: Served) -> None:
+    headers = {"authorization": f"Bearer {service.key}"}
+    with httpx.Client(base_url=service.url, headers=headers, timeout=60) as asked:
+        body = {"kind": "thumbs", "value": "up", "messages": ASK, "answers": ["In the drawer."], "model": "tiny", "consent": True}
+        given = asked.post("/v1/feedback", json=body).json()
+        listed = asked.get("/v1/feedback").json()["data"]
+    with contextlib.closing(Store.open(f"sqlite:///{service.folder}/chatray.db")) as store:
+        [learned] = store.learnable()
+    assert [one["id"] for one in listed] == [given["id"]]
+    assert learned.texts == ("In the drawer.",)
+
+
+@pytest.mark.parametrize(("deployment", "told"), [("Engine", "engine_lost"), ("Moderation", "moderation_unavailable")])
+def test_a_killed_replica_loses_no_request_without_an_error_and_comes_back(service: Served, deployment: str, told: str) -> None:
+    async def killed() -> Counter[str]:
+        async with load(service) as clients:
+            await clients.until(lambda ended: ended["complete"] >= 8)
+            [replica] = replicas(service, deployment)
+            replica.kill()
+            await clients.until(lambda ended: ended.total() > ended["complete"])
+            before = clients.ended["complete"]
+            await clients.until(lambda ended: ended["complete"] >= before + 8)
+        return clients.ended
+
+    ended = asyncio.run(killed())
+    assert ended["lost"] == 0
+    assert set(ended) <= {"complete", told, "overloaded", "lost"}
+    assert ended[told] >= 1
+
+
+def test_another_checkpoint_under_load_loses_nothing(service: Served) -> None:
+    before = service.version()
+
+    async def swapped() -> Counter[str]:
+        async with load(service) as clients:
+            await clients.until(lambda ended: ended["complete"] >= 4)
+            tiny_checkpoint(service.folder / "tiny", seed=2)
+            service.process.send_signal(signal.SIGHUP)
+            until = time.monotonic() + SECONDS
+            while await asyncio.to_thread(service.version) == before:
+                assert time.monotonic() < until
+            seen = clients.ended["complete"]
+            await clients.until(lambda ended: ended["complete"] >= seen + 4)
+        return clients.ended
+
+    ended = asyncio.run(swapped())
+    assert set(ended) <= {"complete", "overloaded"}
+
+
+def test_a_client_that_reads_slowly_holds_nobody_up_and_gets_its_whole_reply(service: Served) -> None:
+    async def slowly() -> tuple[Counter[str], str]:
+        headers = {"authorization": f"Bearer {service.key}"}
+        body = {"model": "tiny", "messages": ASK, "max_tokens": 100, "stream": True}
+        async with (
+            httpx.AsyncClient(base_url=service.url, headers=headers, timeout=90) as asked,
+            asked.stream("POST", "/v1/chat/completions", json=body) as answer,
+        ):
+            async with load(service) as clients:
+                await clients.until(lambda ended: ended["complete"] >= 8)
+            text = (await answer.aread()).decode()
+        return clients.ended, text
+
+    ended, text = asyncio.run(slowly())
+    assert set(ended) == {"complete"}
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_a_locked_store_refuses_feedback_and_loses_none(service: Served) -> None:
+    """More than the store waits: 503 in OpenAI's form. What was answered with 200 is there, and nothing else is."""
+
+    async def locked() -> tuple[list[int], list[str]]:
+        headers = {"authorization": f"Bearer {service.key}"}
+        store = sqlite3.connect(service.folder / "chatray.db", isolation_level=None, check_same_thread=False)
+        async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=90) as asked:
+
+            async def say(number: int) -> httpx.Response:
+                body = {"kind": "comment", "value": f"thought {number}", "messages": ASK, "answers": ["Here."], "model": "tiny"}
+                return await asked.post("/v1/feedback", json=body)
+
+            store.execute("BEGIN IMMEDIATE")
+            waiting = [asyncio.ensure_future(say(number)) for number in range(3)]
+            async with load(service) as clients:  # who keeps no conversation does not wait for the store
+                await clients.until(lambda ended: ended["complete"] >= 8)
+            first = await asyncio.gather(*waiting)
+            store.execute("ROLLBACK")
+            store.close()
+            second = [await say(number) for number in (3, 4)]
+            kept = (await asked.get("/v1/feedback")).json()["data"]
+        assert set(clients.ended) == {"complete"}
+        return [answer.status_code for answer in [*first, *second]], sorted(one["value"] for one in kept if one["kind"] == "comment")
+
+    statuses, kept = asyncio.run(locked())
+    assert statuses == [503, 503, 503, 200, 200]
+    assert kept == ["thought 3", "thought 4"]
+
+
+def test_the_page_signs_in_answers_and_finds_its_conversation_again(service: Served) -> None:
+    """Through Serve's proxy, websocket included."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(service.url)
+        page.get_by_label("API key").fill(service.key)
+        page.get_by_label("API key").press("Enter")
+        composer = page.get_by_label("Message", exact=True)
+        composer.fill("where is the cat?")
+        composer.press("Enter")
+        expect(page.locator("section.turn")).to_have_count(1)
+        expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+        page.wait_for_url("**/c/*")
+        told = page.locator("article.answer .markdown").inner_text()
+        page.reload()
+        expect(page.locator("article.answer .markdown")).to_have_text(told)
+        name = page.url.rsplit("/c/", 1)[1]
+        browser.close()
+    kept = httpx.get(f"{service.url}/v1/conversations/{name}", headers={"authorization": f"Bearer {service.key}"}, timeout=30).json()
+    assert [message["role"] for message in kept["messages"]] == ["user", "assistant"]
+    assert kept["messages"][0]["content"] == "where is the cat?"

@@ -275,14 +275,22 @@ def test_an_owner_who_leaves_is_forgotten(store: Store) -> None:
     assert len(store.conversations("boris")) == 1
 
 
-def test_answers_without_feedback_are_forgotten_after_a_time(store: Store) -> None:
-    _, (first,) = answered(store, "anna", "one")
-    (other,) = store.record_answer("anna", ASKED, "two", "model@1")
-    store.add_feedback("anna", "thumbs", [first], "up")
-    assert store.forget_answers(0.0) == 0
-    assert store.forget_answers(1e12) == 1
+def test_the_last_feedback_on_an_answer_of_no_conversation_takes_its_texts_along(store: Store) -> None:
+    (answer,) = store.record_answer("anna", ASKED, SECRET, "model@1")
+    thumb, comment = (store.add_feedback("anna", *said) for said in (("thumbs", [answer], "up"), ("comment", [answer], "so good")))
+    store.delete_feedback("anna", thumb.id)
+    assert SECRET in everything(store)
+    store.delete_feedback("anna", comment.id)
+    assert SECRET not in everything(store)
     with pytest.raises(NotFound):
-        store.add_feedback("anna", "thumbs", [other], "up")
+        store.add_feedback("anna", "thumbs", [answer], "up")
+
+
+def test_an_answer_of_a_conversation_stays_when_its_feedback_goes(store: Store) -> None:
+    _, (answer,) = answered(store, "anna", "one")
+    given = store.add_feedback("anna", "thumbs", [answer], "up")
+    store.delete_feedback("anna", given.id)
+    assert store.add_feedback("anna", "thumbs", [answer], "down").value == "down"
 
 
 def test_many_threads_write_one_conversation_without_losing_a_message(store: Store) -> None:

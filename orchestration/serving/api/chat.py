@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,14 +57,14 @@ class Asked:
         return found
 
 
-def messages_of(form: ChatForm) -> tuple[Message, ...]:
+def messages_of(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
     """The client's messages as turns; leading system messages are one.
 
     Raises:
         ApiError: something that is no text.
     """
     turns: list[Message] = []
-    for number, message in enumerate(form.messages):
+    for number, message in enumerate(messages):
         role = "system" if message.role == "developer" else message.role
         text = _text(message, number)
         if role == "system" and turns and all(turn.role == "system" for turn in turns):
@@ -98,7 +98,7 @@ async def ask(service: Service, owner: Owner, form: ChatForm) -> Asked:
     refuse_unsupported(form)
     model = service.model(form.model)
     names = _tools(form, model)
-    own = messages_of(form)
+    own = messages_of(form.messages)
     check_sizes(service, len(form.messages), own, form.n or 1)
     if form.top_logprobs is not None and not form.logprobs:
         raise refused("top_logprobs: only allowed when 'logprobs' is true", "top_logprobs")

@@ -6,53 +6,26 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from fastapi.security import HTTPBearer
 from pydantic import Field
 
 from orchestration.serving.api import chat, completions
 from orchestration.serving.api.bodies import new_id
 from orchestration.serving.api.forms import ChatForm, CompletionForm, Form, ModerationForm, Text, TextPart
+from orchestration.serving.api.sharing import Asking, Identifier, Serving, router
 from orchestration.serving.api.streaming import begun, while_there
 from orchestration.serving.errors import refused, unsupported
 from orchestration.serving.judging import decide
-from orchestration.serving.keys import Owner
-from orchestration.serving.service import ServedModel, Service
+from orchestration.serving.service import ServedModel
 
-ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"]}},
-}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": ERROR}}}
-    for status, text in (
-        (400, "The request cannot be served"), (401, "No valid API key"), (404, "There is no such thing"), (413, "The body is too large"),
-        (429, "Too many requests, or the quota is used up"), (503, "The engines have no room"), (504, "Out of time"),
-    )
-}  # fmt: skip
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, or with `stream` its events", "content": {"application/json": {}, "text/event-stream": {}}},
 }
-bearer = HTTPBearer(auto_error=False, description="An API key; none is needed where the server has no keys")
-v1 = APIRouter(prefix="/v1", responses=ERRORS, dependencies=[Depends(bearer)])
+v1 = router()
 plain = APIRouter()
 PageSize = Annotated[int, Query(ge=1, le=200)]
 After = Annotated[Text | None, Query(max_length=256)]
-Identifier = Annotated[Text, Path(max_length=256)]
-
-
-def service_of(request: Request) -> Service:
-    return request.app.state.service
-
-
-def owner_of(request: Request) -> Owner:
-    return request.scope["chatray.owner"]  # `guarding.py` has found it
-
-
-Serving = Annotated[Service, Depends(service_of)]
-Asking = Annotated[Owner, Depends(owner_of)]
 
 
 @v1.post("/chat/completions", responses=STREAMED)
@@ -143,6 +116,18 @@ async def conversation(id: Identifier, service: Serving, owner: Asking) -> dict[
     found = await service.stored(service.store.conversation, owner.id, id)
     kept = await service.stored(service.store.messages, owner.id, id)
     return conversation_body(found) | {"messages": [message_body(message) for message in kept]}
+
+
+class ConversationChange(Form):
+    title: Annotated[Text, Field(max_length=200)] | None = None
+    consent: bool | None = None
+
+
+@v1.post("/conversations/{id}")
+async def change_conversation(id: Identifier, form: ConversationChange, service: Serving, owner: Asking) -> dict[str, Any]:
+    """Another title; consent given, or taken back: then what was exported of it is withdrawn."""
+    update = service.store.update_conversation
+    return conversation_body(await service.stored(update, owner.id, id, title=form.title, consent=form.consent))
 
 
 @v1.delete("/conversations/{id}")

@@ -100,7 +100,7 @@ class Answers(Transactions):
             query = select(AnswerRow.id, PromptRow.digest).join(PromptRow, PromptRow.id == AnswerRow.prompt_id)
             found = session.execute(query.where(AnswerRow.id.in_(answers), PromptRow.owner == owner)).all()
             if len(found) < len(answers):
-                raise NotFound(f"no answer {next(a for a in answers if a not in {row.id for row in found})!r}")
+                raise NotFound("answer", next(a for a in answers if a not in {row.id for row in found}))
             if len({row.digest for row in found}) > 1:
                 raise Refused("a choice is between answers to the same prompt; these have different ones")
             if kind != "comment":
@@ -126,15 +126,21 @@ class Answers(Transactions):
         return self._read(work)
 
     def delete_feedback(self, owner: str, identifier: str) -> Deleted:
-        """Raises:
-        NotFound: no such feedback of this owner.
+        """Feedback is gone, and with it the prompt and answers that it was about, where no conversation has them and no other feedback is
+        on them.
+
+        Raises:
+            NotFound: no such feedback of this owner.
         """
 
         def work(session: Session) -> Deleted:
             row = session.scalars(select(FeedbackRow).where(FeedbackRow.id == identifier, FeedbackRow.owner == owner)).first()
             if row is None:
-                raise NotFound(f"no feedback {identifier!r}")
-            return Deleted((identifier,), self._drop(session, [identifier]))
+                raise NotFound("feedback", identifier)
+            about = session.scalars(select(AnswerRow.prompt_id).where(AnswerRow.id.in_(_answers_of(session, identifier))).distinct()).all()
+            gone = Deleted((identifier,), self._drop(session, [identifier]))
+            _forget(session, about)
+            return gone
 
         return self._delete(work)
 
@@ -143,22 +149,18 @@ class Answers(Transactions):
         belongs to one. Comments are for people and not among it."""
         return self._read(learnable)
 
-    def forget_answers(self, before: float) -> int:
-        """Delete prompts and their answers from before a time that nobody gave feedback on; how many prompts."""
-
-        def work(session: Session) -> int:
-            on = select(AnswerRow.prompt_id).join(FeedbackAnswerRow, FeedbackAnswerRow.answer_id == AnswerRow.id)
-            old = list(session.scalars(select(PromptRow.id).where(PromptRow.created < before, PromptRow.id.not_in(on))))
-            session.execute(delete(PromptRow).where(PromptRow.id.in_(old)))
-            return len(old)
-
-        return self._delete(work)
-
     def _drop(self, session: Session, identifiers: Sequence[str]) -> tuple[str, ...]:
         """Delete feedback; the exported folders that hold rows made from it."""
         folders = withdraw(session, identifiers)
         session.execute(delete(FeedbackRow).where(FeedbackRow.id.in_(identifiers)))
         return folders
+
+
+def _forget(session: Session, prompts: Sequence[str]) -> None:
+    """Delete those of these prompts, with their answers, that nothing needs any more."""
+    on = select(AnswerRow.prompt_id).join(FeedbackAnswerRow, FeedbackAnswerRow.answer_id == AnswerRow.id)
+    unneeded = PromptRow.id.in_(prompts), PromptRow.conversation_id.is_(None), PromptRow.id.not_in(on)
+    session.execute(delete(PromptRow).where(*unneeded), execution_options={"synchronize_session": False})
 
 
 def _check(kind: str, answers: Sequence[str], value: str) -> None:

@@ -165,7 +165,7 @@ class Conversations(Transactions):
                 return _message(done)
             row = session.get(MessageRow, message_id)
             if row is None or row.conversation_id != conversation_id:
-                raise NotFound(f"no message {message_id!r} in this conversation")
+                raise NotFound("message", message_id)
             kept = role or row.role
             session.execute(
                 delete(MessageRow).where(MessageRow.conversation_id == conversation_id, MessageRow.position >= row.position),
@@ -189,7 +189,7 @@ def owned(session: Session, owner: str, identifier: str, lock: bool = False) -> 
     query = select(ConversationRow).where(ConversationRow.id == identifier, ConversationRow.owner == owner)
     row = session.scalars(query.with_for_update() if lock else query).first()
     if row is None:
-        raise NotFound(f"no conversation {identifier!r}")
+        raise NotFound("conversation", identifier)
     return row
 
 

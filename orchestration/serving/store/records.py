@@ -19,6 +19,13 @@ HALF = re.compile("[\ud800-\udfff]")
 class NotFound(LookupError):
     """There is no such thing, or it belongs to somebody else: the two are not told apart."""
 
+    def __init__(self, what: str, identifier: str) -> None:
+        super().__init__(what, identifier)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"no {self.what} {self.args[1]!r}"
+
 
 class Refused(ValueError):
     """What was asked makes no sense; says why. The caller's mistake."""

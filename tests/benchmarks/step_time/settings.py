@@ -40,7 +40,7 @@ class Setting:
     runtime: str = "ray"
     threads: int = 2
     """Of TRL's process and the bare loop's; ours has those of its placement."""
-    placement: tuple[str, ...] = ("placement=cpu",)
+    placement: tuple[str, ...] = ("placement=two_cores",)
     """Of ours: where its ranks run, and how their models are held."""
     device: str = "cpu"
     """Of TRL and the bare loop; ours takes what its placement reserves."""

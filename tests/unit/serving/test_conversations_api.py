@@ -9,18 +9,11 @@ import pytest
 
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.serving.errors import ApiError
-from orchestration.serving.keys import Keys, Owner, hashed
 from orchestration.serving.prompts import HiddenPrompt, hidden_prompt
 from orchestration.serving.window import fitted
-from tests.serving_stand_ins import ScriptedEngine, chat, served, settings
+from tests.serving_stand_ins import ALICE, BOB, ScriptedEngine, chat, served, two_owners
 
 HIDDEN = hidden_prompt("Be brief, always and everywhere.", "Now answer.", 6)
-ALICE, BOB = {"authorization": "Bearer key-of-alice"}, {"authorization": "Bearer key-of-bob"}
-
-
-def two_owners() -> Keys:
-    entries = [(hashed(f"key-of-{name}"), Owner(f"key-{name}", name, 0, 0)) for name in ("alice", "bob")]
-    return Keys(entries, settings().limits)
 
 
 def said(asked: httpx.Client, conversation: str, text: str, **further: Any) -> dict[str, Any]:

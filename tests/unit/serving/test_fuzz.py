@@ -17,7 +17,8 @@ from tests.serving_stand_ins import ScriptedEngine, service
 EXAMPLES = 25
 ENDPOINTS = (
     "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/moderations", "GET /v1/models", "GET /v1/models/{model}",
-    "POST /v1/conversations", "GET /v1/conversations", "GET /v1/conversations/{id}", "DELETE /v1/conversations/{id}", "GET /health",
+    "POST /v1/conversations", "GET /v1/conversations", "GET /v1/conversations/{id}", "POST /v1/conversations/{id}",
+    "DELETE /v1/conversations/{id}", "POST /v1/feedback", "GET /v1/feedback", "DELETE /v1/feedback/{id}", "DELETE /v1/data", "GET /health",
     "GET /metrics",
 )  # fmt: skip
 HERE = {"host": "localhost"}

@@ -1,0 +1,295 @@
+"""The chat service under 1, 8, 32 and 128 streams at once, beside vLLM's own OpenAI server: time to first text, time per token.
+
+    python -m tests.benchmarks.serving_load --checkpoint runs/bench/natural/lm
+
+Each arm is a server that stays up; the one that is not asked is idle. A round asks every arm once with each number of streams, every other
+round the other way round: greedy chat completions, the same prompts, so the same replies of up to `--tokens` tokens. vLLM sends what it has
+after every token (its default); ours at most every 20 ms (its default), and in one arm after every token as well. The client is one process
+beside them, so its own work counts for each alike. Then the service is asked for far more than it takes, again and again, and its memory is
+read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+
+from tests.benchmarks import report
+from tests.benchmarks.paired import median, ratio
+
+STREAMS = (1, 8, 32, 128)
+ROOT = Path(__file__).resolve().parents[2]
+QUESTIONS = ("I would like a small latte with oat milk, please.", "Can you add a muffin to that?", "What sizes of tea do you have?",
+             "A large cappuccino, extra hot.", "Do you have anything without caffeine?", "How much is an espresso?")  # fmt: skip
+START_SECONDS = 300.0
+TOO_MANY = 600
+MODEL = "bench"
+COMMON = ("serving.model=bench", "serving.page=false", "serving.engine.sequences=256")
+VLLM = ("serving=vllm", *COMMON)
+ARMS = {
+    "vllm's own server": None,
+    "chatray, vLLM, no moderation": (*VLLM, "serving.moderation.kind=off"),
+    "chatray, vLLM, moderated": VLLM,
+    "chatray, vLLM, no moderation, every token": (*VLLM, "serving.moderation.kind=off", "serving.engine.interval_ms=0"),
+    "chatray, embedded engine, moderated": COMMON,
+}
+THEIRS = "vllm's own server"
+
+
+@dataclass
+class Stream:
+    """One reply as its client saw it."""
+
+    status: int = 0
+    began: float = 0.0
+    first: float = 0.0
+    """When the first text came."""
+    last: float = 0.0
+    tokens: int = 0
+    pieces: int = 0
+    longest: float = 0.0
+    """Seconds between two pieces, at most."""
+    error: str = ""
+
+
+@dataclass
+class Server:
+    """A running arm."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    url: str
+    figures: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def command(words: Sequence[str] | None, checkpoint: str, port: int) -> list[str]:
+    if words is not None:
+        return [str(Path(sys.executable).with_name("chatray")), "serve", f"checkpoint={checkpoint}", f"serving.port={port}", *words]
+    return [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, "--served-model-name", MODEL,
+        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
+        "--max-num-seqs", "256", "--stream-interval", "1",
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(2**30),
+        "--generation-config", "vllm", "--disable-log-stats", "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(name: str, checkpoint: str, folder: Path) -> Iterator[Server]:
+    """An arm, ready to answer."""
+    port = free_port()
+    here = folder / name.replace(" ", "-").replace(",", "").replace("'", "")
+    here.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    with open(here / "log", "wb") as log:
+        process = subprocess.Popen(command(ARMS[name], checkpoint, port), cwd=here, stdout=log, stderr=log, env=environment)
+        server = Server(name, process, f"http://127.0.0.1:{port}")
+        try:
+            asyncio.run(answering(server, here / "log"))
+            yield server
+        finally:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            for child in [process.pid, *(c.pid for c in descendants(process.pid))]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+async def answering(server: Server, log: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    async with aiohttp.ClientSession() as session:
+        while time.monotonic() < until:
+            if server.process.poll() is not None:
+                break
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.get(f"{server.url}/health") as answer:
+                    if answer.status == 200:
+                        return
+            await asyncio.sleep(0.5)
+    raise RuntimeError(f"{server.name} did not start:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]))
+
+
+async def ask(session: aiohttp.ClientSession, url: str, number: int, tokens: int) -> Stream:
+    """One streamed chat completion."""
+    question = QUESTIONS[number % len(QUESTIONS)]
+    body = {
+        "model": MODEL, "messages": [{"role": "user", "content": question}], "max_tokens": tokens, "temperature": 0, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    found = Stream(began=time.perf_counter())
+    async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
+        found.status = answer.status
+        if answer.status != 200:
+            told = await answer.json()
+            well = set(told["error"]) == {"message", "type", "param", "code"} and "Retry-After" in answer.headers
+            found.error = f"{answer.status} {told['error']['code']}" if well else f"{answer.status} in another form"
+            return found
+        async for line in answer.content:
+            if not line.startswith(b"data: {"):
+                continue
+            now = time.perf_counter()
+            event = json.loads(line[6:])
+            if "error" in event:
+                found.error = str(event["error"].get("code"))
+            if event.get("usage"):
+                found.tokens = event["usage"]["completion_tokens"]
+            elif event.get("choices") and event["choices"][0]["delta"].get("content"):
+                if found.first:
+                    found.longest = max(found.longest, now - found.last)
+                found.first, found.last, found.pieces = found.first or now, now, found.pieces + 1
+    return found
+
+
+async def load(url: str, streams: int, requests: int, tokens: int) -> tuple[list[Stream], float]:
+    """(replies, seconds) of so many requests, so many at a time."""
+    numbers = iter(range(requests))
+    found: list[Stream] = []
+    timeout, connector = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+
+        async def client() -> None:
+            for number in numbers:
+                found.append(await ask(session, url, number, tokens))
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(streams)))
+        return found, time.perf_counter() - began
+
+
+def figures(replies: Sequence[Stream], seconds: float) -> dict[str, float]:
+    """What clients saw.
+
+    Raises:
+        RuntimeError: a reply failed.
+    """
+    if wrong := [reply.error or str(reply.status) for reply in replies if reply.error or reply.status != 200]:
+        raise RuntimeError(f"{len(wrong)} of {len(replies)} replies failed: {wrong[0]}")
+    first = [1000 * (reply.first - reply.began) for reply in replies if reply.first]
+    each = [1000 * (reply.last - reply.first) / (reply.tokens - 1) for reply in replies if reply.tokens > 1]
+    return {
+        "throughput": sum(reply.tokens for reply in replies) / seconds, "first": float(np.median(first)),
+        "first_95": float(np.percentile(first, 95)), "token": float(np.median(each)), "token_95": float(np.percentile(each, 95)),
+        "gap": 1000 * max(reply.longest for reply in replies), "tokens": float(np.mean([reply.tokens for reply in replies])),
+        "pieces": float(np.mean([reply.pieces for reply in replies])),
+    }  # fmt: skip
+
+
+def memory(server: Server) -> float:
+    """MiB of the service's processes (PSS)."""
+    total = 0
+    for process in [psutil.Process(server.process.pid), *descendants(server.process.pid)]:
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total / 2**20
+
+
+def rounds(servers: Sequence[Server], wanted: argparse.Namespace) -> None:
+    for server in servers:  # compiles, caches
+        asyncio.run(load(server.url, 8, 16, wanted.tokens))
+    for number in range(wanted.rounds):
+        for streams in wanted.streams:
+            requests = max(wanted.least, 2 * streams)
+            for server in servers[:: 1 if number % 2 == 0 else -1]:
+                found = figures(*asyncio.run(load(server.url, streams, requests, wanted.tokens)))
+                server.figures.setdefault(streams, []).append(found)
+                print(json.dumps({"arm": server.name, "streams": streams, "round": number, **found}), flush=True)
+
+
+def overload(server: Server, wanted: argparse.Namespace) -> list[tuple[Counter[str], float]]:
+    """What becomes of far too many requests, several times over, and the memory after each."""
+    found = []
+    for _ in range(5):
+        replies, _ = asyncio.run(load(server.url, TOO_MANY, TOO_MANY, wanted.tokens))
+        found.append((Counter(reply.error or "complete" for reply in replies), memory(server)))
+        print(json.dumps({"overload": dict(found[-1][0]), "memory_mib": found[-1][1]}), flush=True)
+    return found
+
+
+def tables(servers: Sequence[Server]) -> str:
+    theirs = next((server for server in servers if server.name == THEIRS), None)
+    rows = []
+    for streams in servers[0].figures:
+        for server in servers:
+            mine = server.figures[streams]
+            of = {name: median([one[name] for one in mine]) for name in mine[0]}
+            beside = "" if theirs is None or server is theirs else str(
+                ratio([one["throughput"] for one in mine], [one["throughput"] for one in theirs.figures[streams]])
+            )  # fmt: skip
+            rows.append([
+                streams, server.name, f"{of['first']:.0f} / {of['first_95']:.0f}", f"{of['token']:.2f} / {of['token_95']:.2f}",
+                f"{of['tokens']:.0f} in {of['pieces']:.0f}", f"{of['gap']:.0f}", f"{of['throughput']:.0f}", beside,
+            ])  # fmt: skip
+    titles = [
+        "streams", "server", "first text, ms (median / 95%)", "per token, ms (median / 95%)", "tokens of a reply, in pieces",
+        "longest pause, ms", "tokens/s",
+        "throughput over vLLM's own",
+    ]  # fmt: skip
+    return report.table(titles, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/bench/natural/lm"))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
+    parser.add_argument("--streams", nargs="+", type=int, default=[*STREAMS])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--least", type=int, default=16, help="requests of a measurement, at least")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-serving"))
+    parser.add_argument("--no-overload", action="store_true")
+    parser.add_argument("--write", action="store_true", help="the table into BENCHMARKS.md")
+    wanted = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(started(arm, str(wanted.checkpoint.resolve()), wanted.out.resolve())) for arm in wanted.arms]
+        rounds(servers, wanted)
+        content = [tables(servers)]
+        for server in servers:
+            if server.name == THEIRS or wanted.no_overload:
+                continue
+            before = memory(server)
+            lines = [[number, ", ".join(f"{count} {what}" for what, count in sorted(counts.items())), f"{mib:.0f}"]
+                     for number, (counts, mib) in enumerate(overload(server, wanted), start=1)]  # fmt: skip
+            content.append(f"{TOO_MANY} requests at once, {server.name} ({before:.0f} MiB before):\n\n"
+                           + report.table(["time", "answers", "memory after, MiB"], lines))  # fmt: skip
+    text: Any = "\n\n".join(content)
+    print(text)
+    if wanted.write:
+        report.write("serving-load", f"Machine: {report.machine()}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
