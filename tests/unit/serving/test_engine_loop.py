@@ -190,5 +190,6 @@ def test_tokens_are_handed_over_together() -> None:
 
     counts = asyncio.run(counted())
     assert sum(counts) == 200
-    assert len(counts) == 2  # the first at once, the rest with the end: the interval is longer than all of it
+    # The first at once, the rest with the end, since the interval is longer than all of it; or all at once, where the engine was that fast.
+    assert len(counts) <= 2
     loop.close()
