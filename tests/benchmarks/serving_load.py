@@ -51,6 +51,8 @@ ARMS = {
     "chatray, embedded engine, moderated": COMMON,
 }
 THEIRS = "vllm's own server"
+SERVER_PACKAGES = ROOT / "runs" / "vllm-server"
+"""What vLLM's server imports beside vLLM's engine, for its process alone (`make bench-serving` puts it there)."""
 
 
 @dataclass
@@ -107,6 +109,8 @@ def started(name: str, checkpoint: str, folder: Path) -> Iterator[Server]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1",
         "RAY_worker_niceness": "0", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
+    if ARMS[name] is None:
+        environment["PYTHONPATH"] = str(SERVER_PACKAGES)
     with open(here / "log", "wb") as log:
         process = subprocess.Popen(command(ARMS[name], checkpoint, port), cwd=here, stdout=log, stderr=log, env=environment)
         server = Server(name, process, f"http://127.0.0.1:{port}")
