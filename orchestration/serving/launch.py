@@ -20,6 +20,8 @@ from orchestration.serving.prompts import read_prompts
 
 OWN = ("run", "checkpoint", "stage")
 IMPORT_PATH = "orchestration.serving.deployments:build"
+CONNECTIONS = 10_000
+"""Requests that reach an ingress replica at once, at most: more than HAProxy lets in (4096)."""
 TOOL_FORMATS = ("taskmaster",)
 """Formats of rows whose dialogues have tool calls."""
 
@@ -173,12 +175,8 @@ def options(wanted: Launch) -> dict[str, dict[str, Any]]:
         | {"max_ongoing_requests": settings.engine.sequences + limits.waiting, "max_queued_requests": limits.waiting}
         for number in range(len(wanted.models))
     }  # fmt: skip
-    # twice as many as the app takes: what is too much is answered by the app, in OpenAI's form, not by Serve's proxy
-    ingress = (
-        common
-        | replica_options(settings.ingress)
-        | {"max_ongoing_requests": 2 * limits.ongoing + 16, "max_queued_requests": limits.ongoing}
-    )
+    # more than the app takes at once: what is too much is answered by the app, in OpenAI's form, not by Serve in plain text
+    ingress = common | replica_options(settings.ingress) | {"max_ongoing_requests": CONNECTIONS, "max_queued_requests": -1}
     found = {"Ingress": ingress, **engines}
     if settings.moderation.kind != "off":
         moderation = {"max_ongoing_requests": 16, "max_queued_requests": limits.ongoing}
