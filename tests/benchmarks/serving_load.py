@@ -4,7 +4,7 @@
 
 Each arm is a server that stays up; the one that is not asked is idle. A round asks every arm once with each number of streams, every other
 round the other way round: greedy chat completions, the same prompts, so the same replies of up to `--tokens` tokens. vLLM sends what it has
-after every token (its default); ours at most every 20 ms (its default), and in one arm after every token as well. The client is one process
+after every token (its default); ours at most every 20 ms (its default), and in one arm after every token as well. Ours runs with `serving.haproxy=true`. The client is one process
 beside them, so its own work counts for each alike. Then the service is asked for far more than it takes, again and again, and its memory is
 read.
 """
@@ -41,7 +41,7 @@ QUESTIONS = ("I would like a small latte with oat milk, please.", "Can you add a
 START_SECONDS = 300.0
 TOO_MANY = 600
 MODEL = "bench"
-COMMON = ("serving.model=bench", "serving.page=false", "serving.engine.sequences=256")
+COMMON = ("serving.haproxy=true", "serving.model=bench", "serving.page=false", "serving.engine.sequences=256")
 VLLM = ("serving=vllm", *COMMON)
 ARMS = {
     "vllm's own server": None,
