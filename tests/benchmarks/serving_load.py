@@ -5,8 +5,8 @@
 Each arm is a server that stays up; the one that is not asked is idle. A round asks every arm once with each number of streams, every other
 round the other way round: greedy chat completions, the same prompts, so the same replies of up to `--tokens` tokens. vLLM sends what it has
 after every token (its default); ours at most every 20 ms (its default), and in one arm after every token too; `serving.haproxy=true`.
-The client is one process beside them, so its own work counts for each alike. Then the service is asked for far more than it takes, again and
-again, and its memory is read.
+The client is one process beside them, so its own work counts for each alike. Then the service is asked for far more than it takes, again
+and again, and its memory is read.
 """
 
 from __future__ import annotations
