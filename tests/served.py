@@ -146,6 +146,6 @@ def replicas(served: Served, deployment: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(served.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if name in " ".join(process.cmdline()):
+            if process.status() != psutil.STATUS_ZOMBIE and name in " ".join(process.cmdline()):
                 found.append(process)
     return found

@@ -160,7 +160,9 @@ def test_a_killed_replica_loses_no_request_without_an_error_and_comes_back(servi
             await clients.until(lambda ended: ended["complete"] >= 8)
             [replica] = replicas(service, deployment)
             replica.kill()
-            await clients.until(lambda ended: ended.total() > ended["complete"])
+            until = time.monotonic() + SECONDS  # Serve may notice before any request does: an error is allowed, not asked for
+            while not await asyncio.to_thread(replicas, service, deployment):
+                assert time.monotonic() < until
             before = clients.ended["complete"]
             await clients.until(lambda ended: ended["complete"] >= before + 8)
         return clients.ended
@@ -168,7 +170,6 @@ def test_a_killed_replica_loses_no_request_without_an_error_and_comes_back(servi
     ended = asyncio.run(killed())
     assert ended["lost"] == 0
     assert set(ended) <= {"complete", told, "overloaded", "lost"}
-    assert ended[told] >= 1
 
 
 def test_another_checkpoint_under_load_loses_nothing(service: Served) -> None:
