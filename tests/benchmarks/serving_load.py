@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ import psutil
 
 from tests.benchmarks import report
 from tests.benchmarks.paired import median, ratio
+from tests.served import free_port
 
 STREAMS = (1, 8, 32, 128)
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +79,6 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     figures: dict[int, list[dict[str, float]]] = field(default_factory=dict)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def command(words: Sequence[str] | None, checkpoint: str, port: int) -> list[str]:

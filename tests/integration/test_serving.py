@@ -161,15 +161,14 @@ def test_a_killed_replica_loses_no_request_without_an_error_and_comes_back(servi
             [replica] = replicas(service, deployment)
             replica.kill()
             until = time.monotonic() + SECONDS  # Serve may notice before any request does: an error is allowed, not asked for
-            while not await asyncio.to_thread(replicas, service, deployment):
+            while not any(one.pid != replica.pid for one in await asyncio.to_thread(replicas, service, deployment)):
                 assert time.monotonic() < until
             before = clients.ended["complete"]
             await clients.until(lambda ended: ended["complete"] >= before + 8)
         return clients.ended
 
     ended = asyncio.run(killed())
-    assert ended["lost"] == 0
-    assert set(ended) <= {"complete", told, "overloaded", "lost"}
+    assert set(ended) <= {"complete", told, "overloaded"}
 
 
 def test_another_checkpoint_under_load_loses_nothing(service: Served) -> None:
