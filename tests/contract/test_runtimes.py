@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,8 @@ class Faulty(Rollout):
 
     def _places(self) -> dict[str, torch.Tensor]:
         if self.how is not None:  # policy and engine have met, and nothing is read yet
-            os.kill(os.getpid(), self.how)
+            # to this thread: sent to the process, another thread may take it, and this one go on until that is scheduled
+            signal.pthread_kill(threading.get_ident(), self.how)
         return super()._places()
 
 

@@ -16,7 +16,7 @@ from orchestration.serving.moderation.moderators import ModerationError
 from orchestration.serving.replies import word_end
 from orchestration.serving.service import Service
 from orchestration.serving.store.records import Audit
-from tests.serving_stand_ins import THRESHOLDS, ScriptedEngine, WordModerator, served
+from tests.serving_stand_ins import THRESHOLDS, ScriptedEngine, WordModerator, served, settings
 
 REFUSAL = "I can't help with that."
 
@@ -39,6 +39,10 @@ def audits_of(service: Service, count: int) -> list[Audit]:
     while len(found) < count and time.monotonic() < until:
         found = service.store.audits(owner="local")
     return found
+
+
+WHOLE_WORDS = settings(flush_ms=1000)
+"""A word waits for its end even on a machine that is slow at that moment."""
 
 
 def text_of(events: list[dict[str, Any]]) -> str:
@@ -81,7 +85,7 @@ def test_a_warning_lets_through_and_says_so() -> None:
 @pytest.mark.parametrize("step", [1, 2, 50])
 def test_output_that_is_blocked_is_not_shown(step: int) -> None:
     engine = ScriptedEngine(lambda prompt: "first you must kill the process, then more", step=step)
-    with served(engine, moderated=True) as (url, service):
+    with served(engine, moderated=True, with_settings=WHOLE_WORDS) as (url, service):
         whole, events = chatted(url, "hello"), streamed(url, "hello", logprobs=True)
         audits = audits_of(service, 2)
     assert (whole["choices"][0]["message"]["content"], whole["choices"][0]["finish_reason"]) == (REFUSAL, "content_filter")
@@ -97,7 +101,7 @@ def test_output_that_is_blocked_is_not_shown(step: int) -> None:
 
 def test_text_is_judged_before_it_is_released_and_at_the_end_of_words() -> None:
     text = "the cat sat on the mat, and then it went away again"
-    with served(ScriptedEngine(lambda prompt: text, step=1), moderated=True) as (url, service):
+    with served(ScriptedEngine(lambda prompt: text, step=1), moderated=True, with_settings=WHOLE_WORDS) as (url, service):
         judged: list[str] = []
         ask = service.judge.ask
 
