@@ -108,10 +108,10 @@ class Serving(Settings):
     """How long a text may wait for the rest of its last word before it is checked and sent, milliseconds."""
     log_prompts: bool
     """Write the client's own texts to the log. Hidden prompts, keys and headers are never written."""
-    haproxy: bool
-    """HAProxy in place of Serve's Python proxy, and gRPC between replicas: more throughput with many streams, but a call to a replica that
-    was killed may hang until it times out. On Linux, for the cluster that `chatray serve` starts itself: nodes of another one need the
-    variables that the README names, and `runtime=local` has neither."""
+    haproxy: bool | None
+    """HAProxy in place of Serve's Python proxy, and gRPC between replicas: more throughput with many streams. null: where Ray's package for
+    it is installed (Linux). For the cluster that `chatray serve` starts itself: nodes of another one need the variables that the README
+    names, and `runtime=local` has neither."""
     page: bool
     """The chat page at `/`. Its state is in the process that sent it, so it needs `ingress.most=1`."""
     cors: tuple[str, ...]

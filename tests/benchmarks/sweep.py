@@ -3,8 +3,8 @@
     python -m tests.benchmarks.sweep --out runs/bench-sweep
     python -m tests.benchmarks.sweep --out runs/bench-sweep --summary
 
-1. The default settings (`BASE`, a shorter quickstart) run once, whole. The KL that they end at, on held-out prompts, is the sweep's budget:
-   a winner must do better at no more KL.
+1. The default settings (`BASE`, a shorter quickstart) run once, whole. `BUDGET` of the KL that they end at, on held-out prompts, is the
+   sweep's budget: a winner must do better at no more KL.
 2. The sweep starts from that run's SFT model and reward model, and makes a judge of its own. It is killed (SIGKILL) once `KILLED_AFTER`
    trials have ended and another is under way, and continued by the same command. That no finished trial was touched again is checked.
 3. Winner and default run again from the same two models on `SEEDS`: other prompts, other samples. What is compared is the exact grade of
@@ -35,11 +35,14 @@ BASE = [
     "ppo.batch=128", "ppo.minibatches=2", "ppo.warmup=3", "evaluate.prompts=384", "commit.every=50",
 ]  # fmt: skip
 JUDGED = ["ppo.judge.every=4", "ppo.judge.prompts=256"]
-SWEEP = ["sweep=ppo", "sweep.trials=10", "sweep.concurrency=2", "sweep.every=4", "sweep.prompts=256",
+SWEEP = ["sweep=ppo_optuna", "sweep.trials=20", "sweep.startup=6", "sweep.concurrency=2", "sweep.every=4", "sweep.prompts=256",
+         "sweep.objective.penalty=2",
          "sweep.space.ppo.lr={loguniform: [1e-4, 2e-3]}",
-         "sweep.space.ppo.kl.beta={loguniform: [0.02, 0.5]}"]  # fmt: skip
+         "sweep.space.ppo.kl.beta={loguniform: [0.05, 2.0]}"]  # fmt: skip
+BUDGET = 0.9
+"""Of the KL that the default settings end at: a run on another seed ends at another KL."""
 KILLED_AFTER = 3
-SEEDS = (101, 102, 103)
+SEEDS = (201, 202, 203)
 FIGURES = ("gold_sft", "gold_ppo", "kl", "rm_score_ppo", "reply_tokens_ppo")
 
 
@@ -56,8 +59,8 @@ def start(folder: Path) -> list[str]:
 
 
 def budget(folder: Path) -> float:
-    """KL at the end of the default run, on held-out prompts."""
-    return float(runs.result_of(folder, "ppo")["curve"][-1]["kl"])
+    """In nats, from the KL at the end of the default run, on held-out prompts."""
+    return BUDGET * float(runs.result_of(folder, "ppo")["curve"][-1]["kl"])
 
 
 def ended(folder: Path) -> dict[str, int]:

@@ -275,13 +275,20 @@ async def stream(service: Service, asked: Asked) -> AsyncIterator[bytes]:
                 opening = {} if index in opened else {"role": "assistant", "content": ""}
                 opened.add(index)
                 logprobs = chat_logprobs(piece.tokens, asked.model.chat.token_text) if asked.form.logprobs and piece.tokens else None
+                events = b""
                 if delta or opening or logprobs:
-                    yield _chunk(asked, head, dataclasses.replace(choice, finish=None), opening | delta, logprobs)
+                    events = _chunk(asked, head, dataclasses.replace(choice, finish=None), opening | delta, logprobs)
                 if choice.finish:
-                    yield _chunk(asked, head, choice, {}, None, await choice.keep())
+                    if asked.kept and events:  # the store is waited for; the text need not
+                        yield events
+                        events = b""
+                    events += _chunk(asked, head, choice, {}, None, await choice.keep())
+                if events:
+                    yield events
+        counts = b""
         if asked.form.stream_options and asked.form.stream_options.include_usage:
-            yield event(head.body([], usage=usage(asked.window.tokens, sum(choice.written for choice in choices))))
-        yield DONE
+            counts = event(head.body([], usage=usage(asked.window.tokens, sum(choice.written for choice in choices))))
+        yield counts + DONE
     finally:
         if pieces is not None:
             await pieces.aclose()  # type: ignore[attr-defined]  # a generator

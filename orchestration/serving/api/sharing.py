@@ -32,11 +32,12 @@ def router() -> APIRouter:
     return APIRouter(prefix="/v1", responses=ERRORS, dependencies=[Depends(bearer)])
 
 
-def service_of(request: Request) -> Service:
+# `async` though they wait for nothing: FastAPI hands plain functions to a thread, two of them for each request
+async def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
-def owner_of(request: Request) -> Owner:
+async def owner_of(request: Request) -> Owner:
     return request.scope["chatray.owner"]  # `guarding.py` has found it
 
 

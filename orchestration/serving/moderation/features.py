@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
+from sklearn import config_context
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 CHARACTERS: dict[str, Any] = {"analyzer": "char_wb", "ngram_range": (2, 5), "sublinear_tf": True, "dtype": np.float32}
@@ -68,7 +69,8 @@ class Features:
 
     def of(self, texts: Sequence[str]) -> csr_matrix:
         """[N, F] of texts that went through `normal`."""
-        return hstack([part.transform(texts) for part in self.parts]).tocsr()
+        with config_context(assume_finite=True, skip_parameter_validation=True):  # of a single text they took a quarter of the time
+            return hstack([part.transform(texts) for part in self.parts]).tocsr()
 
     @property
     def characters(self) -> int:

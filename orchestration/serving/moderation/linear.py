@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,15 @@ class NaiveBayes:
     bias: np.ndarray
     """[C]."""
 
+    @cached_property
+    def _factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """[Fc, C] twice: the squares of `ratio`, and `ratio` times `weights`."""
+        return np.square(self.ratio), self.ratio * self.weights
+
     def scores(self, spell: csr_matrix) -> np.ndarray:
         """[N, C] from TF-IDF of character n-grams [N, Fc]; each text's scaled n-grams have length 1 together."""
-        lengths = np.sqrt(spell.power(2) @ np.square(self.ratio))
-        return spell @ (self.ratio * self.weights) / np.maximum(lengths, 1e-9) + self.bias
+        squares, weighed = self._factors
+        return spell @ weighed / np.maximum(np.sqrt(spell.power(2) @ squares), 1e-9) + self.bias
 
 
 @dataclass(frozen=True)
