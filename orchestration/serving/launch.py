@@ -170,8 +170,9 @@ def options(wanted: Launch) -> dict[str, dict[str, Any]]:
     settings = wanted.settings
     limits = settings.limits
     common = {"graceful_shutdown_timeout_s": settings.drain_seconds, "graceful_shutdown_wait_loop_s": 0.2, "health_check_period_s": 5.0}
+    inner = common | {"logging_config": {"enable_access_log": False}}  # else a line for each call: several for each request
     engines = {
-        engine_name(number): common | replica_options(settings.engines)
+        engine_name(number): inner | replica_options(settings.engines)
         | {"max_ongoing_requests": settings.engine.sequences + limits.waiting, "max_queued_requests": limits.waiting}
         for number in range(len(wanted.models))
     }  # fmt: skip
@@ -180,7 +181,7 @@ def options(wanted: Launch) -> dict[str, dict[str, Any]]:
     found = {"Ingress": ingress, **engines}
     if settings.moderation.kind != "off":
         moderation = {"max_ongoing_requests": 16, "max_queued_requests": limits.ongoing}
-        found["Moderation"] = common | replica_options(settings.moderators) | moderation
+        found["Moderation"] = inner | replica_options(settings.moderators) | moderation
     return found
 
 

@@ -1,10 +1,11 @@
-"""The chat service under 1, 8, 32 and 128 streams at once, beside vLLM's own OpenAI server: time to first text, time per token.
+"""The chat service under 1, 8, 32 and 128 streams at once, beside vLLM's own OpenAI server and `ray.serve.llm`: time to first text, time
+per token, throughput.
 
     python -m tests.benchmarks.serving_load --checkpoint runs/bench/natural/lm
 
 Each arm is a server that stays up; the one that is not asked is idle. A round asks every arm once with each number of streams, every other
 round the other way round: greedy chat completions, the same prompts, so the same replies of up to `--tokens` tokens. vLLM sends what it has
-after every token (its default); ours at most every 20 ms (its default), and in one arm after every token too; `serving.haproxy=true`.
+after every token (its default); ours and `ray.serve.llm` at most every 20 ms, and ours in one arm after every token too; with HAProxy.
 The client is one process beside them, so its own work counts for each alike. Then the service is asked for far more than it takes, again
 and again, and its memory is read.
 """
@@ -30,7 +31,7 @@ import aiohttp
 import numpy as np
 import psutil
 
-from tests.benchmarks import report
+from tests.benchmarks import report, vllm_words
 from tests.benchmarks.paired import median, ratio
 from tests.served import free_port
 
@@ -43,14 +44,15 @@ TOO_MANY = 600
 MODEL = "bench"
 COMMON = ("serving.haproxy=true", "serving.model=bench", "serving.page=false", "serving.engine.sequences=256")
 VLLM = ("serving=vllm", *COMMON)
-ARMS = {
-    "vllm's own server": None,
+THEIRS, RAYS = "vllm's own server", "ray.serve.llm"
+ARMS: dict[str, tuple[str, ...] | None] = {
+    THEIRS: None,
+    RAYS: None,
     "chatray, vLLM, no moderation": (*VLLM, "serving.moderation.kind=off"),
     "chatray, vLLM, moderated": VLLM,
     "chatray, vLLM, no moderation, every token": (*VLLM, "serving.moderation.kind=off", "serving.engine.interval_ms=0"),
     "chatray, embedded engine, moderated": COMMON,
 }
-THEIRS = "vllm's own server"
 SERVER_PACKAGES = ROOT / "runs" / "vllm-server"
 """What vLLM's server imports beside vLLM's engine, for its process alone (`make bench-serving` puts it there)."""
 
@@ -81,16 +83,15 @@ class Server:
     figures: dict[int, list[dict[str, float]]] = field(default_factory=dict)
 
 
-def command(words: Sequence[str] | None, checkpoint: str, port: int) -> list[str]:
-    if words is not None:
-        return [str(Path(sys.executable).with_name("chatray")), "serve", f"checkpoint={checkpoint}", f"serving.port={port}", *words]
-    return [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, "--served-model-name", MODEL,
-        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
-        "--max-num-seqs", "256", "--stream-interval", "1",
-        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(2**30),
-        "--generation-config", "vllm", "--disable-log-stats", "--disable-uvicorn-access-log",
-    ]  # fmt: skip
+def command(name: str, checkpoint: str, port: int) -> list[str]:
+    if name == RAYS:
+        return [sys.executable, "-m", "tests.benchmarks.serve_llm", checkpoint, str(port), MODEL]
+    if name == THEIRS:
+        own = ["--stream-interval", "1", "--disable-log-stats", "--disable-uvicorn-access-log", *vllm_words.words(vllm_words.ENGINE)]
+        where = ["--model", checkpoint, "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1"]
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *where, *own]
+    words = [f"checkpoint={checkpoint}", f"serving.port={port}", *(ARMS[name] or ())]
+    return [str(Path(sys.executable).with_name("chatray")), "serve", *words]
 
 
 @contextlib.contextmanager
@@ -104,9 +105,9 @@ def started(name: str, checkpoint: str, folder: Path) -> Iterator[Server]:
         "RAY_worker_niceness": "0", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     if ARMS[name] is None:
-        environment["PYTHONPATH"] = str(SERVER_PACKAGES)
+        environment["PYTHONPATH"] = os.pathsep.join([str(SERVER_PACKAGES), str(ROOT)])
     with open(here / "log", "wb") as log:
-        process = subprocess.Popen(command(ARMS[name], checkpoint, port), cwd=here, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command(name, checkpoint, port), cwd=here, stdout=log, stderr=log, env=environment)
         server = Server(name, process, f"http://127.0.0.1:{port}")
         try:
             asyncio.run(answering(server, here / "log"))
@@ -134,7 +135,7 @@ async def answering(server: Server, log: Path) -> None:
             if server.process.poll() is not None:
                 break
             with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(f"{server.url}/health") as answer:
+                async with session.get(f"{server.url}/v1/models") as answer:
                     if answer.status == 200:
                         return
             await asyncio.sleep(0.5)
@@ -276,7 +277,7 @@ def main() -> None:
         rounds(servers, wanted)
         content = [tables(servers)]
         for server in servers:
-            if server.name == THEIRS or wanted.no_overload:
+            if ARMS[server.name] is None or wanted.no_overload:
                 continue
             before = memory(server)
             lines = [[number, ", ".join(f"{count} {what}" for what, count in sorted(counts.items())), f"{mib:.0f}"]

@@ -24,8 +24,8 @@ from orchestration.run_directory import RunDirectory, read_records
 
 pytestmark = pytest.mark.ray
 
-STEPS = 40
-"""So many that PPO is still at it when what it printed of its first step has come back over HTTP."""
+STEPS = 10
+"""So many that PPO is still at it when its first step has been seen on disk."""
 SHORT = ("experiment=smoke", f"ppo.steps={STEPS}", "commit.every=1000", "run_dir=run")
 
 
@@ -49,9 +49,9 @@ def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, elsewhere: 
     run = tmp_path / "run"
     words = ("submit", "--folder", str(tmp_path), "--secret", "FILE_SECRET", "--follow", "run", *SHORT)
     follower = cluster.start(*words, "from=sft", cwd=elsewhere)
-    job, resume = _until_it_learns(follower, run)
-    driver = _driver(run.parent)
+    driver = _until_it_learns(follower, run)
     driver.suspend()  # it would come to its end while this test looks at it
+    job, resume = _followed(follower)
     follower.send_signal(signal.SIGINT)
     said = follower.communicate(timeout=60)[0]
     assert follower.returncode == 0 and f"chatray jobs follow {job}" in said, said
@@ -83,16 +83,25 @@ def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, elsewhere: 
     _check_that_nothing_shows_the_secret(cluster, run, said + status + listed + done.stdout)
 
 
-def _until_it_learns(follower: subprocess.Popen[str], run: Path) -> tuple[str, str]:
-    """(the job's id, the command that goes on with it), once the followed log says that PPO has begun and a step is done."""
+def _until_it_learns(follower: subprocess.Popen[str], run: Path) -> psutil.Process:
+    """The job's driver, once PPO has done a step."""
+    deadline, metrics = time.monotonic() + LIMIT_SECONDS, run / "round_01/ppo/metrics.jsonl"
+    while not metrics.exists() or not read_records(metrics):
+        assert follower.poll() is None and time.monotonic() < deadline, follower.stdout and follower.stdout.read()
+        time.sleep(0.02)
+    return _driver(run.parent)
+
+
+def _followed(follower: subprocess.Popen[str]) -> tuple[str, str]:
+    """(the job's id, the command that goes on with it), from the followed log up to PPO."""
     assert follower.stdout
     seen = ""
     for line in follower.stdout:
         seen += line
-        if line.startswith("  ppo 1/"):
+        if line.strip() == "ppo":
             break
     found = re.search(r"^submitted (\S+):.*\n.*\n.*\n  resume   (.*)$", seen, re.MULTILINE)
-    assert found and read_records(run / "round_01/ppo/metrics.jsonl"), seen
+    assert found, seen
     return found[1], found[2]
 
 
