@@ -34,6 +34,7 @@ HISTOGRAMS = (
     Figure("chatray_first_token_seconds", "From the request to its first text.", ("model",), SECONDS),
     Figure("chatray_token_seconds", "Time per token after the first, mean of each reply.", ("model",), TOKEN_SECONDS),
     Figure("chatray_reply_seconds", "From the request to the end of its reply.", ("model",), SECONDS),
+    Figure("chatray_held_seconds", "Longest that text of a reply waited for the rest of its word and its verdict.", ("model",), SECONDS),
     Figure("chatray_moderation_seconds", "Time that judging a text took, waiting included.", ("side",), SECONDS),
 )
 

@@ -124,6 +124,8 @@ class Release:
         self.sent, self.told = 0, 0
         self.since: float | None = None
         """When the oldest text that waits for the rest of its word came."""
+        self.held = 0.0
+        """Longest that text has waited here, seconds: for the rest of its word and for its verdict."""
         self.verdict = ALLOWED
 
     def wait(self) -> float | None:
@@ -139,6 +141,7 @@ class Release:
             until = word_end(draft.text, self.sent, safe)
             if until == self.sent and self.since is not None and self.clock() >= self.since + self.flush:
                 until = safe
+        came = self.clock() if self.since is None else self.since
         self.since = None if until >= safe else (self.clock() if until > self.sent or self.since is None else self.since)
         if until <= self.sent and not over:
             return None
@@ -146,6 +149,8 @@ class Release:
             self.verdict = await self.judge.verdict([draft.text[max(0, until - WINDOW) : until]])
             if self.verdict.action == "block":
                 return Piece(finish="content_filter", verdict=self.verdict, written=draft.written)
+        if until > self.sent:
+            self.held = max(self.held, self.clock() - came)
         text, self.sent = draft.text[self.sent : until], max(until, self.sent)
         return Piece(text, self._tokens(), draft.ending if over else None, self.verdict, self._recited(), draft.written)
 

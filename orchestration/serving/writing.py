@@ -87,6 +87,8 @@ async def write(service: Service, job: Job) -> AsyncIterator[Piece]:
         service.quotas.spend(job.owner, len(job.prompt) + draft.written)
         metrics.count("chatray_reply_tokens", draft.written, model=model.name)
         metrics.observe("chatray_reply_seconds", clock() - job.begun, model=model.name)
+        if first is not None:
+            metrics.observe("chatray_held_seconds", release.held, model=model.name)
         if first is not None and draft.written > 1:
             metrics.observe("chatray_token_seconds", (clock() - first) / (draft.written - 1), model=model.name)
         if not ended:

@@ -15,7 +15,7 @@ from pydantic import Field
 from orchestration.data.dialogues import Message
 from orchestration.serving.api.chat import check_sizes, messages_of
 from orchestration.serving.api.forms import ChatMessage, Form, Name, Text
-from orchestration.serving.api.sharing import Asking, Identifier, Serving, router
+from orchestration.serving.api.sharing import After, Asking, Identifier, PageSize, Serving, router
 from orchestration.serving.conversations import holdable
 from orchestration.serving.errors import missing, refused
 from orchestration.serving.keys import Owner
@@ -141,8 +141,9 @@ async def _given(service: Service, owner: Owner, form: FeedbackForm, answers: li
 
 
 @feedback.get("/feedback")
-async def mine(service: Serving, owner: Asking) -> dict[str, Any]:
-    return {"object": "list", "data": [feedback_body(one) for one in await service.stored(service.store.feedback, owner.id)]}
+async def mine(service: Serving, owner: Asking, limit: PageSize = 50, after: After = None) -> dict[str, Any]:
+    found = await service.stored(service.store.feedback, owner.id, limit=limit, after=after)
+    return {"object": "list", "data": [feedback_body(one) for one in found]}
 
 
 @feedback.delete("/feedback/{id}")

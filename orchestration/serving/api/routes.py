@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import Field
 
 from orchestration.serving.api import chat, completions
 from orchestration.serving.api.bodies import new_id
 from orchestration.serving.api.forms import ChatForm, CompletionForm, Form, ModerationForm, Text, TextPart
-from orchestration.serving.api.sharing import Asking, Identifier, Serving, router
+from orchestration.serving.api.sharing import After, Asking, Identifier, PageSize, Serving, router
 from orchestration.serving.api.streaming import begun, while_there
 from orchestration.serving.errors import refused, unsupported
 from orchestration.serving.judging import decide
@@ -24,8 +24,6 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 v1 = router()
 plain = APIRouter()
-PageSize = Annotated[int, Query(ge=1, le=200)]
-After = Annotated[Text | None, Query(max_length=256)]
 
 
 @v1.post("/chat/completions", responses=STREAMED)

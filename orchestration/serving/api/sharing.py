@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.security import HTTPBearer
 
 from orchestration.serving.api.forms import Text
@@ -25,6 +25,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }  # fmt: skip
 bearer = HTTPBearer(auto_error=False, description="An API key; none is needed where the server has no keys")
 Identifier = Annotated[Text, Path(max_length=256)]
+PageSize = Annotated[int, Query(ge=1, le=200)]
+After = Annotated[Text | None, Query(max_length=256)]
+"""The last one of the page before."""
 
 
 def router() -> APIRouter:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from orchestration.serving.store.conversations import owned
@@ -112,11 +112,26 @@ class Answers(Transactions):
 
         return self._write(work)
 
-    def feedback(self, owner: str, answers: Sequence[str] | None = None) -> list[Feedback]:
-        """The owner's feedback, oldest first; on these answers only, if given."""
+    def feedback(
+        self, owner: str, answers: Sequence[str] | None = None, limit: int | None = None, after: str | None = None
+    ) -> list[Feedback]:
+        """The owner's feedback, oldest first; on these answers only, if given.
+
+        Args:
+            limit: of how many, at most; None: all.
+            after: the identifier of the last one of the page before.
+
+        Raises:
+            NotFound: the owner has no feedback `after`.
+        """
 
         def work(session: Session) -> list[Feedback]:
-            query = select(FeedbackRow).where(FeedbackRow.owner == owner)
+            query = select(FeedbackRow).where(FeedbackRow.owner == owner).limit(limit)
+            if after is not None:
+                last = session.scalars(select(FeedbackRow).where(FeedbackRow.id == after, FeedbackRow.owner == owner)).first()
+                if last is None:
+                    raise NotFound("feedback", after)
+                query = query.where(tuple_(FeedbackRow.created, FeedbackRow.id) > (last.created, last.id))
             if answers is not None:
                 on = select(FeedbackAnswerRow.feedback_id).where(FeedbackAnswerRow.answer_id.in_(answers))
                 query = query.where(FeedbackRow.id.in_(on))

@@ -139,6 +139,19 @@ def test_nobody_else_can_say_something_of_it_or_delete_it(talk: Talk) -> None:
     assert [one["value"] for one in talk.mine()] == ["up"]
 
 
+def test_feedback_is_listed_page_by_page(talk: Talk) -> None:
+    given = [talk.on_reply(kind="comment", value=f"thought {number}").json()["id"] for number in range(5)]
+    pages, after = [], None
+    while not pages or pages[-1]:
+        pages.append(
+            talk.asked.get("/v1/feedback", params={"limit": 2} | ({"after": after} if after else {}), headers=ALICE).json()["data"]
+        )
+        after = pages[-1][-1]["id"] if pages[-1] else None
+    assert [[one["id"] for one in page] for page in pages] == [given[:2], given[2:4], given[4:], []]
+    elsewhere = talk.asked.get("/v1/feedback", params={"after": given[0]}, headers=BOB)
+    assert (elsewhere.status_code, talk.asked.get("/v1/feedback?limit=0", headers=ALICE).status_code) == (404, 400)
+
+
 def test_deleted_feedback_on_the_clients_own_texts_leaves_none_of_them(talk: Talk) -> None:
     given = talk.give(kind="comment", value="sensible", messages=HI, answers=["a secret word"], model="tiny").json()
     assert "a secret word" in talk.everything()

@@ -11,12 +11,16 @@ from typing import Any
 import httpx
 import pytest
 
+from actors.serving.protocol import Delta
+from orchestration.serving.canaries import Secret
+from orchestration.serving.detokenizing import Detokenizer
 from orchestration.serving.judging import Judge, in_process
 from orchestration.serving.moderation.moderators import ModerationError
-from orchestration.serving.replies import word_end
+from orchestration.serving.replies import Draft, Release, word_end
 from orchestration.serving.service import Service
+from orchestration.serving.stopping import Stops
 from orchestration.serving.store.records import Audit
-from tests.serving_stand_ins import THRESHOLDS, ScriptedEngine, WordModerator, served, settings
+from tests.serving_stand_ins import THRESHOLDS, ScriptedEngine, WordModerator, chat, served, settings
 
 REFUSAL = "I can't help with that."
 
@@ -128,6 +132,35 @@ def test_a_long_word_does_not_wait_for_its_end() -> None:
         events = streamed(url, "hello")
     assert text_of(events) == "x" * 60
     assert len(events) > 5
+
+
+def test_no_text_waits_longer_for_its_word_than_flush_ms_and_its_verdict() -> None:
+    now, flush, judging = [0.0], 0.03, 0.004
+
+    async def ask(texts: list[str]) -> list[dict[str, float]]:
+        now[0] += judging
+        return [{"violence": 0.0} for _ in texts]
+
+    async def released(seconds: Sequence[float]) -> tuple[list[tuple[float, str]], float]:
+        """(when, text) of each piece, and the longest wait, of a word whose letters come at these times."""
+        draft = Draft(Detokenizer(chat().tokenizer), Stops(()), Secret((), 2))
+        release = Release(draft, Judge("words", ("violence",), ask, THRESHOLDS), flush, lambda: now[0])
+        found = []
+        for moment, letter in zip(seconds, "the cats", strict=False):
+            while (wait := release.wait()) is not None and now[0] + wait <= moment:
+                now[0] += wait
+                found.append((now[0], await release.next()))
+            now[0] = max(now[0], moment)
+            draft.push(Delta("r", chat().text(letter)))
+            found.append((now[0], await release.next()))
+        return [(when, piece.text) for when, piece in found if piece is not None], release.held
+
+    fast, held = asyncio.run(released([0.001 * number for number in range(8)]))
+    assert [text for _, text in fast] == ["the "] and held == pytest.approx(0.003 + judging)
+    now[0] = 0.0
+    slow, held = asyncio.run(released([0.02 * number for number in range(8)]))
+    assert "".join(text for _, text in slow) == "the ca", "the last letters have not waited long enough yet"
+    assert 0.02 < held <= flush + judging + 1e-9
 
 
 def test_a_moderator_that_does_not_answer_lets_nothing_through() -> None:
