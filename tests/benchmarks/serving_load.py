@@ -17,10 +17,12 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ("I would like a small latte with oat milk, please.", "Can you add a muffin to that?", "What sizes of tea do you have?",
              "A large cappuccino, extra hot.", "Do you have anything without caffeine?", "How much is an espresso?")  # fmt: skip
 START_SECONDS = 300.0
+PUBLISHED_SECONDS = 15.0
+"""After so long Ray has published what happened before."""
 TOO_MANY = 600
 MODEL = "bench"
 COMMON = ("serving.haproxy=true", "serving.model=bench", "serving.page=false", "serving.engine.sequences=256")
@@ -216,6 +220,31 @@ def memory(server: Server) -> float:
     return total / 2**20
 
 
+def held(server: Server) -> list[tuple[float, float]]:
+    """(seconds, replies none of whose text waited longer for its word and its verdict), of all replies so far, as Ray publishes it."""
+    time.sleep(PUBLISHED_SECONDS)
+    for agent in descendants(server.process.pid):
+        with contextlib.suppress(psutil.Error):
+            if "DashboardAgent" not in " ".join(agent.cmdline()):
+                continue
+            for each in agent.net_connections(kind="tcp"):
+                if each.status == psutil.CONN_LISTEN:
+                    with contextlib.suppress(OSError):
+                        host = "127.0.0.1" if each.laddr.ip in ("::", "0.0.0.0") else each.laddr.ip
+                        with urllib.request.urlopen(f"http://{host}:{each.laddr.port}/metrics", timeout=2) as answer:
+                            found = re.findall(r'chatray_held_seconds_bucket{.*le="([^"]+)".*} (\S+)', answer.read().decode())
+                        if found:
+                            return sorted((float(bound), float(count)) for bound, count in found)
+    return []
+
+
+def told_of(waits: Sequence[tuple[float, float]]) -> str:
+    if not waits:
+        return "not published"
+    total = waits[-1][1]
+    return ", ".join(f"{100 * count / total:.1f}% within {1000 * bound:.0f} ms" for bound, count in waits if 0.005 <= bound <= 0.25)
+
+
 def rounds(servers: Sequence[Server], wanted: argparse.Namespace) -> None:
     for server in servers:  # compiles, caches
         asyncio.run(load(server.url, 8, 16, wanted.tokens))
@@ -276,6 +305,9 @@ def main() -> None:
         servers = [stack.enter_context(started(arm, str(wanted.checkpoint.resolve()), wanted.out.resolve())) for arm in wanted.arms]
         rounds(servers, wanted)
         content = [tables(servers)]
+        ours = [server for server in servers if ARMS[server.name] is not None]
+        lines = [f"- {server.name}: {told_of(held(server))}" for server in ours]
+        content.append("Longest that any text of a reply waited for the rest of its word and its verdict:\n\n" + "\n".join(lines))
         for server in servers:
             if ARMS[server.name] is None or wanted.no_overload:
                 continue
