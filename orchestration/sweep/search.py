@@ -45,12 +45,17 @@ class Optuna:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.optuna, self.space = optuna, space
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
-        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        self.optuna, self.space, self.seed, self.startup = optuna, space, seed, startup
+        self.study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
         self.open: dict[int, Any] = {}
 
+    def _sampler(self, number: int) -> Any:
+        """Keyed by seed and trial: with one sampler for all, a sweep that goes on would draw what it has drawn before."""
+        seed = random.Random(f"sweep {self.seed} {number}").randrange(2**32)
+        return self.optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup)
+
     def ask(self, number: int) -> Values:
+        self.study.sampler = self._sampler(number)
         trial = self.open[number] = self.study.ask()
         return self.space.chosen(lambda dimension: self._suggested(trial, dimension))
 

@@ -56,6 +56,20 @@ def test_optuna_goes_on_from_what_earlier_trials_found() -> None:
     assert sum(found) / 10 > sum(map(worth, history[:8])) / 8 + 0.3
 
 
+@pytest.mark.parametrize("known", [4, 20], ids=["while it draws at random", "once it has learned"])
+def test_optuna_asks_what_it_would_have_asked_without_the_interruption(known: int) -> None:
+    first, history = Optuna(SPACE, 0, startup=8), []
+    for number in range(known + 1):
+        history.append(first.ask(number))
+        first.tell(number, worth(history[-1]))
+    again = Optuna(SPACE, 0, startup=8)
+    for number, values in enumerate(history[:-1]):
+        again.known(number, values)
+        again.tell(number, worth(values))
+    assert again.ask(known) == history[-1]
+    assert history[-1] not in history[:-1]
+
+
 def test_optuna_leaves_out_values_that_the_space_does_not_have_and_trials_that_failed() -> None:
     search = Optuna(SPACE, 0, startup=8)
     search.known(0, {"ppo.lr": 0.5, "ppo.advantage": "rloo"})
