@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,19 @@ from orchestration.sweep import records
 from tests.benchmarks import runs
 
 BASE = [
-    "experiment=quickstart", *runs.ONE_THREAD, "sft.steps=500", "compare.prompts=800", "compare.heldout_prompts=200", "ppo.steps=12",
-    "ppo.batch=128", "ppo.minibatches=2", "ppo.warmup=3", "evaluate.prompts=384", "commit.every=50",
+    "experiment=quickstart", *runs.ONE_THREAD, "sft.steps=500", "compare.prompts=800", "compare.heldout_prompts=200", "ppo.steps=28",
+    "ppo.batch=128", "ppo.minibatches=4", "ppo.warmup=5", "evaluate.prompts=384", "commit.every=50",
 ]  # fmt: skip
-JUDGED = ["ppo.judge.every=4", "ppo.judge.prompts=256"]
-SWEEP = ["sweep=ppo_optuna", "sweep.trials=20", "sweep.startup=6", "sweep.concurrency=2", "sweep.every=4", "sweep.prompts=256",
+JUDGED = ["ppo.judge.every=7", "ppo.judge.prompts=256"]
+SWEEP = ["sweep=ppo_optuna", "sweep.trials=12", "sweep.startup=5", "sweep.concurrency=2", "sweep.every=7", "sweep.prompts=256",
          "sweep.objective.penalty=2",
          "sweep.space.ppo.lr={loguniform: [1e-4, 2e-3]}",
          "sweep.space.ppo.kl.beta={loguniform: [0.05, 2.0]}"]  # fmt: skip
 BUDGET = 0.9
 """Of the KL that the default settings end at: a run on another seed ends at another KL."""
 KILLED_AFTER = 3
-SEEDS = (201, 202, 203)
+SEEDS = (301, 302, 303)
+AT_ONCE = 2
 FIGURES = ("gold_sft", "gold_ppo", "kl", "rm_score_ppo", "reply_tokens_ppo")
 
 
@@ -116,6 +118,7 @@ def again(out: Path, base: Path, arm: str, words: list[str], seed: int) -> dict[
 
 def summary(out: Path) -> str:
     lines = runs.read(out)
+    lines.sort(key=lambda line: (line["seed"], line["arm"]))
     rows = [[line["seed"], line["arm"], *(line[name] for name in FIGURES)] for line in lines]
     for arm in ("default", "winner"):
         if found := [line for line in lines if line["arm"] == arm]:
@@ -137,12 +140,15 @@ def main() -> None:
         base = default(out)
         folder = sweep(out, base)
         winner = [word for word in yaml.safe_load((folder / "best.yaml").read_text(encoding="utf-8")) if not word.startswith("seed=")]
-        for seed in SEEDS:
-            for arm, words in (("default", BASE), ("winner", winner)):
-                if not any(line["arm"] == arm and line["seed"] == seed for line in runs.read(out)):
-                    line = {"arm": arm, "seed": seed} | again(out, base, arm, words, seed)
-                    with open(out / "results.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
+        known = {(line["arm"], line["seed"]) for line in runs.read(out)}
+        wanted = [
+            (arm, words, seed) for seed in SEEDS for arm, words in (("default", BASE), ("winner", winner)) if (arm, seed) not in known
+        ]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            going = {pool.submit(again, out, base, arm, words, seed): {"arm": arm, "seed": seed} for arm, words, seed in wanted}
+            for done in as_completed(going):
+                with open(out / "results.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(going[done] | done.result()) + "\n")
     print(summary(out))
 
 
