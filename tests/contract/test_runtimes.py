@@ -15,9 +15,10 @@ import pytest
 import stand_ins
 import torch
 from stand_ins import DIARY, StandIn
+from tiny_models import save_tiny_models
 
 from actors.batch import Experience, Prompts, Rollouts
-from actors.models import ScalarModel, load_causal_lm, new_causal_lm, save_model
+from actors.models import load_causal_lm
 from actors.policy import Policy
 from actors.rewards.source import Texts
 from actors.rollout import Rollout
@@ -26,7 +27,7 @@ from actors.weight_sync import unpack
 from conf.schema import Config
 from orchestration import config as configuration
 from orchestration import roles
-from orchestration.data.chat import Chat, learn_tokenizer, load_tokenizer
+from orchestration.data.chat import Chat, load_tokenizer
 from orchestration.data.scoring import ReplyEncoder
 from orchestration.data.world import scenarios
 from orchestration.errors import RunError
@@ -47,13 +48,7 @@ STEPS = 3
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny language model and reward model, with their tokenizer."""
     folder = tmp_path_factory.mktemp("models")
-    config = settings("local", folder)
-    chat = Chat(learn_tokenizer(scenarios.demonstrations(200, 0, config.data.flaws), config.scale.vocabulary))
-    new_causal_lm(config.scale, len(chat.tokenizer), 0, 0.0, chat.end, chat.pad).save_pretrained(folder / "lm")
-    chat.save(folder / "lm")
-    (folder / "rm").mkdir()
-    reward = ScalarModel(load_causal_lm(str(folder / "lm")).base_model, seed=1)
-    save_model(reward, reward.state_dict(), folder / "rm")
+    save_tiny_models(folder, settings("local", folder))
     return folder
 
 

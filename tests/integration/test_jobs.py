@@ -19,14 +19,18 @@ import psutil
 import pytest
 from conftest import LIMIT_SECONDS
 from local_cluster import SECRET, LocalCluster, broken_packages, free_ports, local_cluster
+from tiny_models import save_tiny_models
 
+from orchestration import config as configuration
 from orchestration.run_directory import RunDirectory, read_records
 
 pytestmark = pytest.mark.ray
 
 STEPS = 10
 """So many that PPO is still at it when its first step has been seen on disk."""
-SHORT = ("experiment=smoke", f"ppo.steps={STEPS}", "commit.every=1000", "run_dir=run")
+SHORT = ("experiment=smoke", "stage=ppo", "policy_checkpoint=lm", "reward_checkpoint=rm", f"ppo.steps={STEPS}", "commit.every=1000",
+         "run_dir=run")  # fmt: skip
+"""PPO from models that are there: each other stage starts processes for half a minute."""
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,9 @@ def jobs_of(cluster: LocalCluster, cwd: Path) -> str:
 
 def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, elsewhere: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    save_tiny_models(tmp_path, configuration.load(["experiment=smoke"]))
     words = ("submit", "--folder", str(tmp_path), "--secret", "FILE_SECRET", "--follow", "run", *SHORT)
-    follower = cluster.start(*words, "from=sft", cwd=elsewhere)
+    follower = cluster.start(*words, "from=ppo", cwd=elsewhere)
     driver = _until_it_learns(follower, run)
     driver.suspend()  # it would come to its end while this test looks at it
     job, resume = _followed(follower)
@@ -74,12 +79,12 @@ def test_submit_follow_detach_stop_and_resume(cluster: LocalCluster, elsewhere: 
     done = cluster.chatray(*shlex.split(resume)[1:2], "--follow", *shlex.split(resume)[2:], cwd=elsewhere)
     assert done.returncode == 0 and "SUCCEEDED" in done.stdout, done.stdout + done.stderr
     assert [record["step"] for record in read_records(stage.metrics)] == list(range(1, STEPS + 1))
-    assert done.stdout.count("complete, skipped") == 3 and (run / "summary.json").is_file()
+    assert (run / "summary.json").is_file()
     _check_journal(run, job)
     status = cluster.chatray("jobs", "status", job, cwd=elsewhere).stdout
     assert "STOPPED" in status and '"torch"' in status and "sha256" in status
     listed = jobs_of(cluster, elsewhere)
-    assert "STOPPED" in listed and "SUCCEEDED" in listed and "check" not in listed
+    assert "STOPPED" in listed and "SUCCEEDED" in listed and "chatray-check" not in listed
     _check_that_nothing_shows_the_secret(cluster, run, said + status + listed + done.stdout)
 
 
