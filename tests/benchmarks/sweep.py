@@ -36,14 +36,14 @@ BASE = [
     "ppo.batch=128", "ppo.minibatches=4", "ppo.warmup=5", "evaluate.prompts=384", "commit.every=50",
 ]  # fmt: skip
 JUDGED = ["ppo.judge.every=7", "ppo.judge.prompts=256"]
-SWEEP = ["sweep=ppo_optuna", "sweep.trials=12", "sweep.startup=5", "sweep.concurrency=2", "sweep.every=7", "sweep.prompts=256",
+SWEEP = ["sweep=ppo_optuna", "sweep.trials=24", "sweep.startup=5", "sweep.concurrency=2", "sweep.every=7", "sweep.prompts=256",
          "sweep.objective.penalty=2",
          "sweep.space.ppo.lr={loguniform: [1e-4, 2e-3]}",
          "sweep.space.ppo.kl.beta={loguniform: [0.05, 2.0]}"]  # fmt: skip
 BUDGET = 0.9
 """Of the KL that the default settings end at: a run on another seed ends at another KL."""
 KILLED_AFTER = 3
-SEEDS = (301, 302, 303)
+SEEDS = (401, 402, 403)
 AT_ONCE = 2
 FIGURES = ("gold_sft", "gold_ppo", "kl", "rm_score_ppo", "reply_tokens_ppo")
 
