@@ -3,11 +3,12 @@ per token, throughput.
 
     python -m tests.benchmarks.serving_load --checkpoint runs/bench/natural/lm
 
-Each arm is a server that stays up; the one that is not asked is idle. A round asks every arm once with each number of streams, every other
-round the other way round: greedy chat completions, the same prompts, so the same replies of up to `--tokens` tokens. vLLM sends what it has
-after every token (its default); ours and `ray.serve.llm` at most every 20 ms, and ours in one arm after every token too; with HAProxy.
-The client is one process beside them, so its own work counts for each alike. Then the service is asked for far more than it takes, again
-and again, and its memory is read.
+Each arm is a server that stays up; those that are not asked are stopped meanwhile (SIGSTOP): an idle Ray takes a tenth of a core. A round
+asks every arm once with each number of streams, every other round the other way round: greedy chat completions, the same prompts, so the
+same replies of up to `--tokens` tokens. vLLM sends what it has after every token (its default); ours and `ray.serve.llm` at most every
+20 ms, and ours in one arm after every token too; with HAProxy. The client is one process beside them, so its own work counts for each
+alike. Two arms at a time (`--arms`) are compared best: Serve may take a replica for dead that stood still for half a minute. Then the
+service is asked for far more than it takes, again and again, and its memory is read.
 """
 
 from __future__ import annotations
@@ -245,6 +246,23 @@ def told_of(waits: Sequence[tuple[float, float]]) -> str:
     return ", ".join(f"{100 * count / total:.1f}% within {1000 * bound:.0f} ms" for bound, count in waits if 0.005 <= bound <= 0.25)
 
 
+@contextlib.contextmanager
+def alone(server: Server, servers: Sequence[Server]) -> Iterator[None]:
+    """The other servers' processes stand still."""
+    others = [
+        each for other in servers if other is not server for each in [psutil.Process(other.process.pid), *descendants(other.process.pid)]
+    ]
+    for each in others:
+        with contextlib.suppress(psutil.Error):
+            each.suspend()
+    try:
+        yield
+    finally:
+        for each in others:
+            with contextlib.suppress(psutil.Error):
+                each.resume()
+
+
 def rounds(servers: Sequence[Server], wanted: argparse.Namespace) -> None:
     for server in servers:  # compiles, caches
         asyncio.run(load(server.url, 8, 16, wanted.tokens))
@@ -252,7 +270,8 @@ def rounds(servers: Sequence[Server], wanted: argparse.Namespace) -> None:
         for streams in wanted.streams:
             requests = max(wanted.least, 2 * streams)
             for server in servers[:: 1 if number % 2 == 0 else -1]:
-                found = figures(*asyncio.run(load(server.url, streams, requests, wanted.tokens)))
+                with alone(server, servers):
+                    found = figures(*asyncio.run(load(server.url, streams, requests, wanted.tokens)))
                 server.figures.setdefault(streams, []).append(found)
                 print(json.dumps({"arm": server.name, "streams": streams, "round": number, **found}), flush=True)
 
