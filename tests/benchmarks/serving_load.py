@@ -45,6 +45,7 @@ QUESTIONS = ("I would like a small latte with oat milk, please.", "Can you add a
 START_SECONDS = 300.0
 PUBLISHED_SECONDS = 15.0
 """After so long Ray has published what happened before."""
+SETTLE_SECONDS = 3.0
 TOO_MANY = 600
 MODEL = "bench"
 COMMON = ("serving.haproxy=true", "serving.model=bench", "serving.page=false", "serving.engine.sequences=256")
@@ -261,6 +262,7 @@ def alone(server: Server, servers: Sequence[Server]) -> Iterator[None]:
         for each in others:
             with contextlib.suppress(psutil.Error):
                 each.resume()
+        time.sleep(SETTLE_SECONDS)  # HAProxy cuts connections to a server whose last health check came late
 
 
 def rounds(servers: Sequence[Server], wanted: argparse.Namespace) -> None:
