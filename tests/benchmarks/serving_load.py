@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -231,7 +232,7 @@ def held(server: Server) -> list[tuple[float, float]]:
                 continue
             for each in agent.net_connections(kind="tcp"):
                 if each.status == psutil.CONN_LISTEN:
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, http.client.HTTPException):  # other ports of the agent speak gRPC
                         host = "127.0.0.1" if each.laddr.ip in ("::", "0.0.0.0") else each.laddr.ip
                         with urllib.request.urlopen(f"http://{host}:{each.laddr.port}/metrics", timeout=2) as answer:
                             found = re.findall(r'chatray_held_seconds_bucket{.*le="([^"]+)".*} (\S+)', answer.read().decode())
