@@ -3,7 +3,7 @@ per token, throughput.
 
     python -m tests.benchmarks.serving_load --checkpoint runs/bench/natural/lm
 
-Each arm is a server that stays up; those that are not asked are stopped meanwhile (SIGSTOP): an idle Ray takes a tenth of a core. A round
+Each arm is a server that stays up; those that are not asked are stopped meanwhile (SIGSTOP): an idle Ray takes CPU too. A round
 asks every arm once with each number of streams, every other round the other way round: greedy chat completions, the same prompts, so the
 same replies of up to `--tokens` tokens. vLLM sends what it has after every token (its default); ours and `ray.serve.llm` at most every
 20 ms, and ours in one arm after every token too; with HAProxy. The client is one process beside them, so its own work counts for each
