@@ -49,7 +49,8 @@ APP = "chatray"
 LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
 PING_SECONDS = 5.0
 JUDGE_SECONDS = 120.0
-"""A call to a replica that was killed may hang. Long enough for a moderator that is being swapped: with 15 s requests were refused."""
+"""Serve holds calls to a replica that was killed until its successor is there. Long enough for that, and for a moderator that is being
+swapped: with 15 s requests were refused."""
 
 
 def settings_of(plain: dict[str, Any]) -> Serving:

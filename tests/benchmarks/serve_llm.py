@@ -1,6 +1,8 @@
 """A checkpoint behind `ray.serve.llm`, Ray's own OpenAI server, with vLLM on a CPU, for `serving_load.py` to measure.
 
-python -m tests.benchmarks.serve_llm CHECKPOINT PORT MODEL
+    python -m tests.benchmarks.serve_llm CHECKPOINT PORT MODEL
+
+It serves until it is interrupted.
 """
 
 from __future__ import annotations

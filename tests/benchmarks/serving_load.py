@@ -326,7 +326,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(started(arm, str(wanted.checkpoint.resolve()), wanted.out.resolve())) for arm in wanted.arms]
         rounds(servers, wanted)
-        content = [tables(servers)]
+        content = [tables(servers)] if wanted.rounds else []
         ours = [server for server in servers if ARMS[server.name] is not None]
         lines = [f"- {server.name}: {told_of(held(server))}" for server in ours]
         content.append("Longest that any text of a reply waited for the rest of its word and its verdict:\n\n" + "\n".join(lines))
