@@ -19,6 +19,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
+from uuid import uuid4
 
 from fastapi import FastAPI
 from pydantic import TypeAdapter
@@ -47,6 +48,7 @@ from orchestration.serving.store.store import Store
 logger = logging.getLogger("chatray.serving")
 APP = "chatray"
 LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
+PROCESS = uuid4().hex
 PING_SECONDS = 5.0
 JUDGE_SECONDS = 120.0
 """Serve holds calls to a replica that was killed until its successor is there. Long enough for that, and for a moderator that is being
@@ -192,9 +194,13 @@ class Moderation:
         return self.moderator.name, tuple(self.moderator.categories), self.thresholds
 
 
-def deployed(kind: type) -> Any:
-    """A class as a deployment, whose options are still to come."""
-    return serve.deployment(kind)
+def deployed(kind: type, **given: Any) -> Any:
+    """A class as a deployment. Its replicas stay as long as this process: what changes meanwhile (SIGHUP) is handed to their `reconfigure`.
+
+    `serve.run` takes a deployment without a version for new code each time and replaces all its replicas: a second model beside the first in
+    the GPU's memory, and connections to the old ingress closed. The argument is internal because a Serve config needs none.
+    """
+    return serve.deployment(kind).options(version=PROCESS, _internal=True, **given)
 
 
 def bare_app() -> FastAPI:
@@ -273,15 +279,14 @@ def application(wanted: Launch) -> serve.Application:
     for number, spec in enumerate(wanted.models):
         name = engine_name(number)
         config = {"checkpoint": spec.checkpoint, "version": spec.version}
-        engines[spec.name] = deployed(Engine).options(name=name, user_config=config, **given[name]).bind(_of_engine(plain))
+        engines[spec.name] = deployed(Engine, name=name, user_config=config, **given[name]).bind(_of_engine(plain))
     moderation = None
     if "Moderation" in given:
         config = {"moderation": plain["moderation"], "revision": settings.revision}
-        moderation = deployed(Moderation).options(name="Moderation", user_config=config, **given["Moderation"]).bind()
+        moderation = deployed(Moderation, name="Moderation", user_config=config, **given["Moderation"]).bind()
     config = {"serving": plain, "models": as_plain(wanted.models)}
-    return (
-        deployed(serve.ingress(bare_app)(Ingress)).options(name="Ingress", user_config=config, **given["Ingress"]).bind(engines, moderation)
-    )
+    ingress = serve.ingress(bare_app)(Ingress)
+    return deployed(ingress, name="Ingress", user_config=config, **given["Ingress"]).bind(engines, moderation)
 
 
 def _of_engine(plain: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield found
 
 
+def _at_work(service: Served) -> set[int]:
+    return {replica.pid for deployment in ("Ingress", "Engine", "Moderation") for replica in replicas(service, deployment)}
+
+
 def test_the_official_client_whole_streamed_and_asynchronous(service: Served) -> None:
     client = service.client()
     arguments: Any = {"model": "tiny", "messages": ASK, "max_tokens": 12, "seed": 5, "temperature": 0.7, "top_p": 0.9}
@@ -116,8 +120,8 @@ def test_conversations_live_in_the_store(service: Served) -> None:
 
 
 def test_another_checkpoint_and_prompt_are_swapped_in_without_losing_a_request(service: Served) -> None:
-    """SIGHUP while requests go on: none fails, and later ones are of the new version."""
-    before = service.version()
+    """SIGHUP while requests go on: none fails, later ones are of the new version, and the replicas are those that were there."""
+    before, at_work = service.version(), _at_work(service)
 
     async def going_on() -> tuple[set[str], int]:
         versions, count, until = set(), 0, time.monotonic() + SECONDS
@@ -135,6 +139,7 @@ def test_another_checkpoint_and_prompt_are_swapped_in_without_losing_a_request(s
     assert before in versions and len(versions) == 2
     assert count > 1
     assert service.version() != before
+    assert _at_work(service) == at_work
 
 
 def test_health_needs_no_key(service: Served) -> None:
