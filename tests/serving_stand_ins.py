@@ -62,6 +62,32 @@ def two_owners() -> Keys:
     return Keys(entries, defaults().limits)
 
 
+class Scripted:
+    """A reply of a `ScriptedEngine`."""
+
+    def __init__(self, stream: AsyncIterator[Delta]) -> None:
+        self.stream: Any = stream
+        self.coming: asyncio.Task[Delta] | None = None
+        self.stopping: asyncio.Task[None] | None = None
+
+    async def take(self, wait: float | None = None) -> Delta | None:
+        self.coming = self.coming or asyncio.ensure_future(anext(self.stream))
+        await asyncio.wait({self.coming}, timeout=wait)
+        if not self.coming.done():
+            return None
+        done, self.coming = self.coming, None
+        return done.result()
+
+    def close(self) -> None:
+        async def stop() -> None:
+            if self.coming is not None:
+                self.coming.cancel()
+                await asyncio.wait({self.coming})
+            await self.stream.aclose()
+
+        self.stopping = asyncio.ensure_future(stop())
+
+
 class ScriptedEngine:
     """Says what `script` gives for a prompt's text, some tokens at a time."""
 
@@ -76,7 +102,10 @@ class ScriptedEngine:
         self.breaks_after: int | None = None
         self.stopped = threading.Event()
 
-    async def submit(self, request: Request) -> AsyncIterator[Delta]:
+    def submit(self, request: Request) -> Scripted:
+        return Scripted(self.write(request))
+
+    async def write(self, request: Request) -> AsyncIterator[Delta]:
         if self.error is not None:
             raise self.error
         prompt = chat().tokenizer.decode(request.prompt)

@@ -1,6 +1,6 @@
 """The service on Ray Serve. The only file that imports `ray.serve`.
 
-    proxy ─▶ Ingress (FastAPI: keys, prompts, conversations, moderation, text) ─▶ Engine, one for each model (tokens)
+    proxy ─▶ Ingress (FastAPI: keys, prompts, conversations, moderation, text) ─▶ Engine, one for each model (tokens, by `wire.py`)
                                                                               └─▶ Moderation (scores)
 
 `build` is what a Serve config names as its `import_path`. What may change without a restart is in each deployment's `user_config`: a new
@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 from uuid import uuid4
@@ -24,18 +24,19 @@ from uuid import uuid4
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
 from ray.util import metrics as ray_metrics
 
-from actors.serving.protocol import Delta, Request
+from actors.serving.protocol import Request
 from conf.moderation import Moderation as ModerationSettings
 from conf.serving import Serving
 from orchestration.errors import RequestError
 from orchestration.serving.app import create_app
 from orchestration.serving.building import as_plain, load_engine, served_models, spec_of, tokenizer_of
-from orchestration.serving.engine import EngineLoop
+from orchestration.serving.engine import EngineLoop, Mailbox
 from orchestration.serving.errors import ApiError, engine_lost, failed, overloaded
 from orchestration.serving.judging import Judge, Scores, nobody
 from orchestration.serving.keys import read_keys
@@ -44,12 +45,15 @@ from orchestration.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from orchestration.serving.moderation.moderators import Limits, ModerationError, open_moderator, thresholds_of
 from orchestration.serving.service import Service
 from orchestration.serving.store.store import Store
+from orchestration.serving.wire import Address, Desk, Lines
 
 logger = logging.getLogger("chatray.serving")
 APP = "chatray"
 LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError)
 PROCESS = uuid4().hex
 PING_SECONDS = 5.0
+LATE_SECONDS = 10.0
+"""A reply's last tokens come before Serve says that its request has ended, or soon after."""
 JUDGE_SECONDS = 120.0
 """Serve holds calls to a replica that was killed until its successor is there. Long enough for that, and for a moderator that is being
 swapped: with 15 s requests were refused."""
@@ -82,33 +86,48 @@ class RayMetrics:
 
 
 class RemoteEngine:
-    """Engine replicas behind the protocol of `engine.py`."""
+    """Engine replicas behind the protocol of `engine.py`: Serve carries the request and says how it ended, the wire brings the tokens."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
-        self.stream = handle.options(stream=True)
+    def __init__(self, handle: DeploymentHandle, desk: Desk) -> None:
+        self.handle, self.desk = handle, desk
+        self.calls: set[asyncio.Task[None]] = set()
 
-    async def submit(self, request: Request) -> AsyncIterator[Delta]:
-        response: Any = self.stream.generate.remote(request)
-        ended = False
+    def submit(self, request: Request) -> Mailbox:
+        def stop() -> None:
+            self.desk.forget(request.id)
+            if not box.ended:
+                call.cancel()
+
+        box = Mailbox(stop)
+        self.desk.expect(request.id, box)
+        call = asyncio.ensure_future(self._call(request, box))
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        return box
+
+    async def _call(self, request: Request, box: Mailbox) -> None:
+        response: Any = None
         try:
-            async for delta in response:
-                ended = delta.finish is not None
-                yield delta
-        except BackPressureError:
-            raise overloaded() from None
-        except LOST:
-            raise engine_lost() from None
-        except RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, ApiError):
-                raise cause from None
-            logger.exception("an engine failed")
-            raise failed() from None
-        finally:
-            if not ended:
+            response = self.handle.generate.remote(request, await self.desk.address())
+            await response
+            if not box.ended:
+                await asyncio.sleep(LATE_SECONDS)
+                box.fail(engine_lost())
+        except asyncio.CancelledError:
+            box.fail(engine_lost())
+            if response is not None:
                 with contextlib.suppress(Exception):  # of a request that found no room it raises what was raised before
                     response.cancel()
+            raise
+        except BackPressureError:
+            box.fail(overloaded())
+        except LOST:
+            box.fail(engine_lost())
+        except Exception as error:
+            cause = getattr(error, "cause", error)  # as Ray brings what was raised there
+            if not isinstance(cause, ApiError):
+                logger.exception("an engine failed")
+            box.fail(cause if isinstance(cause, ApiError) else failed())
 
     async def well(self) -> bool:
         """Whether a replica answers."""
@@ -125,6 +144,7 @@ class Engine:
     def __init__(self, serving: dict[str, Any]) -> None:
         self.settings = settings_of(serving)
         self.loop: EngineLoop | None = None
+        self.lines = Lines(self.settings.engine.interval_ms / 1000)
         self.tokenizer = self.checkpoint = ""
         self.given: dict[str, Any] = {}
 
@@ -146,17 +166,23 @@ class Engine:
                 return
         self.tokenizer, self.given = tokenizer_of(checkpoint), user_config
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        """A reply; the stream ends early when its reader leaves."""
+    async def generate(self, request: Request, to: Address) -> None:
+        """Write a reply to an ingress; returns when its last tokens are on their way. The writing stops when this is cancelled.
+
+        Raises:
+            ApiError: there is no room, or the ingress cannot be reached.
+        """
         assert self.loop is not None
+        line = await self.lines.to(to)
         if request.tokenizer != self.tokenizer:  # ingress and engine are swapped one after the other
             raise overloaded()
-        stream = self.loop.submit(request)
+        reply = line.reply(request.id)
         try:
-            async for delta in stream:
-                yield delta
+            self.loop.write(request, reply)
+            await reply.ended
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]  # a generator
+            self.loop.leave(request.id)
+            line.forget(request.id)
 
     async def ping(self) -> bool:
         self.check_health()
@@ -169,6 +195,7 @@ class Engine:
     def __del__(self) -> None:
         if self.loop is not None:
             self.loop.close()
+            self.lines.close()
 
 
 class Moderation:
@@ -197,10 +224,11 @@ class Moderation:
 def deployed(kind: type, **given: Any) -> Any:
     """A class as a deployment. Its replicas stay as long as this process: what changes meanwhile (SIGHUP) is handed to their `reconfigure`.
 
-    `serve.run` takes a deployment without a version for new code each time and replaces all its replicas: a second model beside the first in
-    the GPU's memory, and connections to the old ingress closed. The argument is internal because a Serve config needs none.
+    `serve.run` takes a deployment without a version for new code each time and replaces all its replicas: a second model beside the first
+    in the GPU's memory, and connections to the old ingress closed. The argument is internal because a Serve config needs none.
     """
-    return serve.deployment(kind).options(version=PROCESS, _internal=True, **given)
+    found: Any = serve.deployment(kind)
+    return found.options(version=PROCESS, _internal=True, **given)
 
 
 def bare_app() -> FastAPI:
@@ -218,7 +246,8 @@ class Ingress:
     app: FastAPI
 
     def __init__(self, engines: dict[str, DeploymentHandle], moderation: DeploymentHandle | None) -> None:
-        self.engines = {name: RemoteEngine(handle) for name, handle in engines.items()}
+        self.desk = Desk(get_node_ip_address())
+        self.engines = {name: RemoteEngine(handle, self.desk) for name, handle in engines.items()}
         self.moderation = moderation
         self.service: Service | None = None
 
@@ -261,6 +290,7 @@ class Ingress:
             raise RuntimeError("the ingress has no service yet")
 
     def __del__(self) -> None:
+        self.desk.close()
         if self.service is not None:
             self.service.store.close()
 

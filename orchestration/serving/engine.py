@@ -1,6 +1,6 @@
 """An engine for many callers at once: a thread steps it, and each reply comes as a stream of deltas.
 
-    submit ─▶ inbox ─▶ thread: take in, step, give out ─▶ mailbox of each reply ─▶ submit's iterator
+    submit ─▶ inbox ─▶ thread: take in, step, give out ─▶ sink of each reply
 
 New weights are swapped in without a pause: what is under way is finished by the old model, whoever comes later gets the new one. Where a
 device has no room for two (vLLM), newcomers wait until the old model's replies are done.
@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 from actors.serving.protocol import Delta, Request, StepEngine, merged
@@ -24,23 +24,52 @@ STUCK_SECONDS = 120.0
 """A step takes milliseconds; one that takes so long will not end."""
 
 
+class Writing(Protocol):
+    """A reply under way."""
+
+    async def take(self, wait: float | None = None) -> Delta | None:
+        """What has been written since; None: nothing within `wait` seconds. The last delta says how the reply ended.
+
+        Raises:
+            ApiError: the engine stopped, or there was no room (503).
+        """
+
+    def close(self) -> None:
+        """Stop the writing, if it has not ended."""
+
+
 class Engine(Protocol):
     """What the service asks of whatever writes replies."""
 
-    def submit(self, request: Request) -> AsyncIterator[Delta]:
-        """A reply as it is written; its last delta says how it ended. Who closes the iterator stops the writing.
+    def submit(self, request: Request) -> Writing:
+        """Have a reply written.
 
         Raises:
             ApiError: there is no room (503), or the engine stopped.
         """
 
 
+class Sink(Protocol):
+    """Where a reply's deltas go."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def put(self, delta: Delta) -> None:
+        """Called in that event loop."""
+
+
 class Mailbox:
     """What has been written of a reply and not been fetched: deltas are handed over together, at most every `interval` seconds."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
-        self.loop, self.interval = loop, interval
+    def __init__(self, stop: Callable[[], None], interval: float = 0.0) -> None:
+        """Args:
+        stop: called once nobody waits for this reply any more, whether it has ended or not.
+        """
+        self.loop, self.stop, self.interval = asyncio.get_running_loop(), stop, interval
         self.deltas: list[Delta] = []
+        self.ended = False
+        """The last delta has come."""
+        self.error: Exception | None = None
         self.ready = asyncio.Event()
         self.due: asyncio.TimerHandle | None = None
         self.last = float("-inf")
@@ -48,21 +77,44 @@ class Mailbox:
     def put(self, delta: Delta) -> None:
         """Called in the event loop."""
         self.deltas.append(delta)
-        wait = self.last + self.interval - self.loop.time()
+        self.ended = delta.finish is not None
+        wait = self.last + self.interval - self.loop.time() if self.interval else 0.0
         if delta.finish or wait <= 0:
             self.ready.set()
         elif self.due is None:
             self.due = self.loop.call_later(wait, self.ready.set)
 
-    async def take(self) -> Delta:
-        await self.ready.wait()
-        self.ready.clear()
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come; `take` raises this after what is there."""
+        self.error = self.error or error
+        self.ready.set()
+
+    async def take(self, wait: float | None = None) -> Delta | None:
+        """See `Writing`."""
+        if not self.ready.is_set():
+            alarm = None if wait is None else self.loop.call_later(wait, self.ready.set)
+            try:
+                await self.ready.wait()
+            finally:
+                if alarm is not None:
+                    alarm.cancel()
         if self.due is not None:
             self.due.cancel()
             self.due = None
-        self.last = self.loop.time()
-        found, self.deltas = merged(self.deltas), []
-        return found
+        if self.deltas:
+            self.last = self.loop.time()
+            found, self.deltas = merged(self.deltas), []
+            if self.error is None:
+                self.ready.clear()
+            return found
+        if self.error is not None:
+            raise self.error
+        self.ready.clear()
+        return None
+
+    def close(self) -> None:
+        """See `Writing`."""
+        self.stop()
 
 
 class EngineLoop:
@@ -73,7 +125,7 @@ class EngineLoop:
         waiting: requests that may wait for one of the `sequences` places.
         """
         self.most, self.interval = waiting + sequences, interval_ms / 1000
-        self.mailboxes: dict[str, Mailbox] = {}
+        self.sinks: dict[str, Sink] = {}
         self.owners: dict[str, StepEngine] = {}
         """Which model writes each reply: several while a new one has been swapped in and the old one still writes."""
         self.engines: list[StepEngine] = [load()]
@@ -84,31 +136,37 @@ class EngineLoop:
         self.closing = False
         self.stepping: float | None = None
         """Since when the step under way has been."""
-        self.taking = asyncio.Event()
-        self.taking.set()
+        self.held: list[Callable[[], None]] | None = None
+        """Newcomers, while they have to wait for the old model's replies."""
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
-    async def submit(self, request: Request) -> AsyncIterator[Delta]:
+    def submit(self, request: Request) -> Mailbox:
         """See `Engine`."""
+        found = Mailbox(lambda: self.leave(request.id), self.interval)
+        self.write(request, found)
+        return found
+
+    def write(self, request: Request, sink: Sink) -> None:
+        """Have a reply written into a sink, until its end or until `leave`.
+
+        Raises:
+            ApiError: see `Engine.submit`.
+        """
         if self.broken or self.closing:
             raise engine_lost()
-        if len(self.mailboxes) >= self.most:
+        if len(self.sinks) >= self.most:
             raise overloaded()
-        mailbox = Mailbox(asyncio.get_running_loop(), self.interval)
-        self.mailboxes[request.id] = mailbox
-        ended = False
-        try:
-            await self.taking.wait()
+        self.sinks[request.id] = sink
+        if self.held is None:
             self._post(lambda: self._add(request))
-            while not ended:
-                delta = await mailbox.take()
-                ended = delta.finish is not None
-                yield delta
-        finally:
-            self.mailboxes.pop(request.id, None)
-            if not ended:
-                self._post(lambda: self._abort(request.id))
+        else:
+            self.held.append(lambda: self._add(request))
+
+    def leave(self, name: str) -> None:
+        """Nobody waits for this reply any more: what is not written of it yet will not be."""
+        if self.sinks.pop(name, None) is not None:
+            self._post(lambda: self._abort(name))
 
     async def swap(self, load: Callable[[], StepEngine]) -> None:
         """Have later requests answered by another model. When it cannot be loaded everything stays as it was."""
@@ -116,7 +174,7 @@ class EngineLoop:
             fresh = await asyncio.to_thread(load)
             self._post(lambda: self.engines.append(fresh))
             return
-        self.taking.clear()  # no room for two: finish, give back, load
+        self.held = []  # no room for two: finish, give back, load
         try:
             while self.inbox or self.owners or any(engine.busy() for engine in self.engines):
                 await asyncio.sleep(0.01)
@@ -127,7 +185,9 @@ class EngineLoop:
             self.broken = "the new model could not be loaded"
             raise
         finally:
-            self.taking.set()
+            for add in self.held:
+                self._post(add)
+            self.held = None
 
     def check(self) -> None:
         """Whether it works.
@@ -154,7 +214,7 @@ class EngineLoop:
             self.wake.notify()
 
     def _add(self, request: Request) -> None:
-        if request.id in self.mailboxes:  # whoever asked may have left by now
+        if request.id in self.sinks:  # whoever asked may have left by now
             self.owners[request.id] = self.engines[-1]
             self.engines[-1].add(request)
 
@@ -174,7 +234,7 @@ class EngineLoop:
         except Exception as cause:  # whatever it was, the model's state is unknown now
             self.broken = f"{type(cause).__name__}: {cause}"
             logger.exception("the engine stopped")
-        self._give([Delta(name, finish="error") for name in [*self.mailboxes]])
+        self._give([Delta(name, finish="error") for name in [*self.sinks]])
 
     def _step(self) -> None:
         for engine in list(self.engines):
@@ -192,12 +252,12 @@ class EngineLoop:
 
     def _give(self, deltas: list[Delta]) -> None:
         """Hand them to the event loop, in one call."""
-        loop = next((box.loop for delta in deltas if (box := self.mailboxes.get(delta.id))), None)
+        loop = next((sink.loop for delta in deltas if (sink := self.sinks.get(delta.id))), None)
         if loop is None or loop.is_closed():
             return
         loop.call_soon_threadsafe(self._deliver, deltas)
 
     def _deliver(self, deltas: list[Delta]) -> None:
         for delta in deltas:
-            if mailbox := self.mailboxes.get(delta.id):
-                mailbox.put(delta)
+            if sink := self.sinks.pop(delta.id, None) if delta.finish else self.sinks.get(delta.id):
+                sink.put(delta)

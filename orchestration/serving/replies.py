@@ -9,7 +9,6 @@ released once it is neither; the rest of a word waits at most `flush_ms`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +16,8 @@ from typing import Literal
 from actors.serving.protocol import Delta
 from orchestration.serving.canaries import Guard, Secret
 from orchestration.serving.detokenizing import Detokenizer
-from orchestration.serving.errors import engine_lost
+from orchestration.serving.engine import Writing
+from orchestration.serving.errors import engine_lost, out_of_time
 from orchestration.serving.judging import ALLOWED, WINDOW, Judge
 from orchestration.serving.moderation.verdict import Verdict
 from orchestration.serving.stopping import Stops
@@ -166,27 +166,36 @@ class Release:
         return found
 
 
-async def pieces(stream: AsyncIterator[Delta], release: Release) -> AsyncIterator[Piece]:
+async def pieces(writing: Writing, release: Release, until: float, limit: float) -> AsyncIterator[Piece]:
     """A reply in pieces; the last one has `finish`. Closing it stops the engine.
 
+    Args:
+        until: when, by the release's clock, it must be complete.
+        limit: how long that is, for who asks why it is not.
+
     Raises:
-        ApiError: the engine stopped.
+        ApiError: the engine stopped, or time is over.
     """
-    coming: asyncio.Task[Delta] | None = None
+    clock = release.clock
     try:
         while True:
-            coming = coming or asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]  # an awaitable is enough
-            await asyncio.wait({coming}, timeout=release.wait())
-            if coming.done():
-                release.draft.push(coming.result())
-                coming = None
-            if (piece := await release.next()) is not None:
+            left, flush = max(until - clock(), 0.0), release.wait()
+            delta = await writing.take(left if flush is None else min(left, flush))
+            if delta is not None:
+                release.draft.push(delta)
+            elif flush is None or left <= flush:
+                raise out_of_time(limit)
+            if release.judge.on:
+                try:
+                    async with asyncio.timeout(max(until - clock(), 0.0)):
+                        piece = await release.next()
+                except TimeoutError:
+                    raise out_of_time(limit) from None
+            else:
+                piece = await release.next()
+            if piece is not None:
                 yield piece
                 if piece.finish:
                     return
     finally:
-        if coming is not None:
-            coming.cancel()
-            with contextlib.suppress(BaseException):
-                await coming
-        await stream.aclose()  # type: ignore[attr-defined]  # every one of ours is a generator
+        writing.close()

@@ -13,7 +13,6 @@ from actors.serving.protocol import Drawing, Request
 from orchestration.serving.api.bodies import new_id
 from orchestration.serving.canaries import Secret
 from orchestration.serving.detokenizing import Detokenizer
-from orchestration.serving.errors import out_of_time
 from orchestration.serving.keys import Owner
 from orchestration.serving.moderation.verdict import Verdict
 from orchestration.serving.replies import Draft, Piece, Release, pieces
@@ -63,17 +62,13 @@ async def write(service: Service, job: Job) -> AsyncIterator[Piece]:
     release = Release(draft, service.judge, service.settings.flush_ms / 1000, clock)
     request = Request(job.id, job.prompt, job.drawing, model.tokenizer)
     limit = service.settings.limits.seconds
-    stream = pieces(model.engine.submit(request), release)
+    stream = pieces(model.engine.submit(request), release, job.begun + limit, limit)
     first: float | None = None
     ended = False
     metrics.count("chatray_prompt_tokens", len(job.prompt), model=model.name)
     try:
         while not ended:
-            try:
-                async with asyncio.timeout(max(job.begun + limit - clock(), 0.0)):
-                    piece = await anext(stream)
-            except TimeoutError:
-                raise out_of_time(limit) from None
+            piece = await anext(stream)
             if first is None:
                 first = clock()
                 metrics.observe("chatray_first_token_seconds", first - job.begun, model=model.name)

@@ -16,9 +16,11 @@ from actors.serving.protocol import Drawing
 from orchestration.serving import deployments
 from orchestration.serving.building import as_plain
 from orchestration.serving.deployments import Engine, Ingress, Moderation, RemoteEngine
+from orchestration.serving.engine import Mailbox
 from orchestration.serving.errors import ApiError, overloaded
 from orchestration.serving.launch import Launch, launch, options
 from orchestration.serving.service import Service
+from orchestration.serving.wire import Desk
 from tests.serving_stand_ins import listening, tiny_checkpoint, write_yaml
 
 ASK: Any = {"model": "tiny", "messages": [{"role": "user", "content": "where is the cat?"}], "max_tokens": 12, "temperature": 0}
@@ -34,7 +36,7 @@ def user_config(found: Launch) -> dict[str, Any]:
 
 def local(kind: type, name: str, config: dict[str, Any], *arguments: Any) -> Any:
     """A replica in this process. Serve does not wait there for `reconfigure`, so it is called here."""
-    handle: Any = serve.run(deployments.deployed(kind).options(name=name).bind(*arguments), name=name, _local_testing_mode=True)
+    handle: Any = serve.run(deployments.deployed(kind, name=name).bind(*arguments), name=name, _local_testing_mode=True)
     handle.reconfigure.remote(config).result()
     return handle
 
@@ -99,8 +101,15 @@ def test_an_engine_takes_over_another_checkpoint_or_keeps_its_own(tmp_path: Path
         return replies
 
     async def reply() -> list[int]:
-        drawing = deployments.Request("r", [20, 21, 22], Drawing(12, temperature=0.0), engine.tokenizer)
-        return [token async for delta in engine.generate(drawing) for token in delta.tokens]
+        wanted = deployments.Request("r", [20, 21, 22], Drawing(12, temperature=0.0), engine.tokenizer)
+        desk = Desk("127.0.0.1")
+        box = Mailbox(lambda: desk.forget("r"))
+        desk.expect("r", box)
+        await engine.generate(wanted, await desk.address())
+        found: list[int] = []
+        while not (box.ended and not box.deltas):
+            found += delta.tokens if (delta := await box.take()) else []
+        return found
 
     first, kept, second = asyncio.run(scenario())
     assert first == kept != second
@@ -112,9 +121,7 @@ def test_tokens_of_another_tokenizer_are_refused(replicas: tuple[str, Ingress, A
     _, _, handle, _ = replicas
 
     async def asked() -> None:
-        stream = RemoteEngine(handle).submit(deployments.Request("r", [20], Drawing(3), "another"))
-        async for _ in stream:
-            pass
+        await RemoteEngine(handle, Desk("127.0.0.1")).submit(deployments.Request("r", [20], Drawing(3), "another")).take()
 
     with pytest.raises(ApiError) as caught:
         asyncio.run(asked())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
 
 from actors.serving.protocol import Delta, Drawing, Request, merged
-from orchestration.serving.engine import EngineLoop
+from orchestration.serving.engine import EngineLoop, Mailbox
 from orchestration.serving.errors import ApiError
 
 
@@ -61,8 +60,16 @@ def request(name: str, tokens: int = 5) -> Request:
     return Request(name, [1], Drawing(tokens))
 
 
-async def all_of(stream: AsyncIterator[Delta]) -> Delta:
-    return merged([delta async for delta in stream])
+async def each(writing: Mailbox) -> list[Delta]:
+    found: list[Delta] = []
+    while not found or not found[-1].finish:
+        if delta := await writing.take():
+            found.append(delta)
+    return found
+
+
+async def all_of(writing: Mailbox) -> Delta:
+    return merged(await each(writing))
 
 
 def test_many_replies_side_by_side() -> None:
@@ -75,7 +82,7 @@ def test_many_replies_side_by_side() -> None:
 
     found = asyncio.run(several())
     assert [delta.tokens for delta in found] == [[7] * (n + 1) for n in range(8)]
-    assert not loop.mailboxes and not loop.owners
+    assert not loop.sinks and not loop.owners
     loop.close()
 
 
@@ -103,8 +110,8 @@ def test_who_leaves_is_not_written_for() -> None:
 
     async def leaving() -> None:
         stream = loop.submit(request("a", 10**9))
-        await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.take()
+        stream.close()
         while "a" not in engine.aborted:
             await asyncio.sleep(0.001)
 
@@ -186,7 +193,7 @@ def test_tokens_are_handed_over_together() -> None:
     loop = opened(engine, interval=1000.0)
 
     async def counted() -> list[int]:
-        return [len(delta.tokens) async for delta in loop.submit(request("a", 200))]
+        return [len(delta.tokens) for delta in await each(loop.submit(request("a", 200)))]
 
     counts = asyncio.run(counted())
     assert sum(counts) == 200
