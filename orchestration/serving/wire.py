@@ -129,13 +129,17 @@ class Outgoing:
 
 
 class Line(asyncio.Protocol):
-    """An engine's end of a connection. What its replies have to say goes out together, at most every `interval` seconds."""
+    """An engine's end of a connection. What its replies have to say goes out together, at most every `interval` seconds;
+    a reply's first tokens and its last do not wait."""
 
     def __init__(self, secret: bytes, interval: float) -> None:
         self.loop, self.secret, self.interval = asyncio.get_running_loop(), secret, interval
         self.transport: Any = None
         self.replies: dict[str, Outgoing] = {}
         self.waiting: dict[str, list[Delta]] = {}
+        self.urgent: dict[str, None] = {}
+        """Replies whose first or last tokens wait: these go out with the step that wrote them."""
+        self.soon: asyncio.Handle | None = None
         self.due: asyncio.Handle | None = None
         self.last = float("-inf")
         self.lost = False
@@ -146,8 +150,9 @@ class Line(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
-        if self.due is not None:
-            self.due.cancel()
+        for timer in (self.soon, self.due):
+            if timer is not None:
+                timer.cancel()
         for reply in self.replies.values():
             if not reply.ended.done():
                 reply.ended.set_exception(engine_lost())
@@ -164,21 +169,37 @@ class Line(asyncio.Protocol):
             reply.ended.exception()  # else asyncio complains that nobody has looked at it
 
     def put(self, delta: Delta) -> None:
-        self.waiting.setdefault(delta.id, []).append(delta)
-        if self.due is None and not self.lost:
-            wait = self.last + self.interval - self.loop.time()
-            self.due = self.loop.call_later(wait, self._send) if wait > 0 else self.loop.call_soon(self._send)
+        name = delta.id
+        self.waiting.setdefault(name, []).append(delta)
+        if self.lost:
+            return
+        if delta.finish or not self.replies[name].sent:  # somebody waits for just this
+            self.urgent[name] = None
+            if self.soon is None:  # after the other deltas of this step
+                self.soon = self.loop.call_soon(self._send_urgent)
+        elif self.due is None:
+            self.due = self.loop.call_later(max(0.0, self.last + self.interval - self.loop.time()), self._send_all)
 
-    def _send(self) -> None:
+    def _send_urgent(self) -> None:
+        self.soon = None
+        self._send([*self.urgent])
+        self.urgent.clear()
+
+    def _send_all(self) -> None:
         self.due, self.last = None, self.loop.time()
-        waiting, self.waiting = self.waiting, {}
+        self._send([*self.waiting])
+
+    def _send(self, names: list[str]) -> None:
         frame, ended = [], []
-        for name, deltas in waiting.items():
-            reply, one = self.replies[name], merged(deltas)
-            frame.append((name, reply.sent, one.tokens, one.logprobs, one.likeliest, one.finish))
-            reply.sent += 1
-            if one.finish:
-                ended.append(reply.ended)
+        for name in names:
+            if deltas := self.waiting.pop(name, None):
+                reply, one = self.replies[name], merged(deltas)
+                frame.append((name, reply.sent, one.tokens, one.logprobs, one.likeliest, one.finish))
+                reply.sent += 1
+                if one.finish:
+                    ended.append(reply.ended)
+        if self.lost or not frame:
+            return
         packed = msgpack.packb(frame)
         self.transport.write(len(packed).to_bytes(4, "big") + packed)
         for future in ended:
