@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -64,25 +65,45 @@ def settings_of(plain: dict[str, Any]) -> Serving:
 
 
 class RayMetrics:
-    """Metrics that Ray publishes with its own."""
+    """Metrics that Ray publishes with its own. Handing a number to Ray takes as long as making an event of a stream, so sums and levels are
+    handed over once a second."""
 
     def __init__(self) -> None:
         self.counters = {f.name: ray_metrics.Counter(f.name, f.text, f.labels) for f in COUNTERS}
         self.gauges = {f.name: ray_metrics.Gauge(f.name, f.text, f.labels) for f in GAUGES}
         self.histograms = {f.name: ray_metrics.Histogram(f.name, f.text, list(f.bounds), f.labels) for f in HISTOGRAMS}
+        self.counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        self.levels: dict[str, float] = {}
+        self.due: asyncio.TimerHandle | None = None
 
     def count(self, name: str, by: float = 1.0, **labels: str) -> None:
         if by > 0:
-            self.counters[name].inc(by, labels)
+            self.counts[name, tuple(labels.items())] += by  # type: ignore[assignment]  # a Counter counts floats too
+            self._soon()
 
     def set(self, name: str, value: float) -> None:
-        self.gauges[name].set(value)
+        self.levels[name] = value
+        self._soon()
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         self.histograms[name].observe(value, labels)
 
     def text(self) -> str | None:
         return None
+
+    def _soon(self) -> None:
+        if self.due is None:
+            self.due = asyncio.get_running_loop().call_later(1.0, self.publish)
+
+    def publish(self) -> None:
+        """Hand over what has come since."""
+        self.due = None
+        counts, self.counts = self.counts, Counter()
+        for (name, labels), by in counts.items():
+            self.counters[name].inc(by, dict(labels))
+        levels, self.levels = self.levels, {}
+        for name, value in levels.items():
+            self.gauges[name].set(value)
 
 
 class RemoteEngine:

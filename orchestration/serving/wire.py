@@ -89,7 +89,7 @@ class Desk:
                     break
                 for one in msgpack.unpackb(await reader.readexactly(length)):
                     self._take(one, heard)
-        except (asyncio.IncompleteReadError, TimeoutError, OSError, ValueError):
+        except (asyncio.IncompleteReadError, TimeoutError, OSError, ValueError, TypeError):
             pass  # it went away, or does not speak as engines do
         finally:
             writer.close()

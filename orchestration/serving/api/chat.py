@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -277,7 +276,7 @@ async def stream(service: Service, asked: Asked) -> AsyncIterator[bytes]:
                 logprobs = chat_logprobs(piece.tokens, asked.model.chat.token_text) if asked.form.logprobs and piece.tokens else None
                 events = b""
                 if delta or opening or logprobs:
-                    events = _chunk(asked, head, dataclasses.replace(choice, finish=None), opening | delta, logprobs)
+                    events = _chunk(asked, head, choice, opening | delta, logprobs, ends=False)
                 if choice.finish:
                     if asked.kept and events:  # the store is waited for; the text need not
                         yield events
@@ -298,10 +297,13 @@ async def stream(service: Service, asked: Asked) -> AsyncIterator[bytes]:
                 service.later(choice.keep())
 
 
-def _chunk(asked: Asked, head: Head, choice: Choice, delta: dict[str, Any], logprobs: Any, message: str | None = None) -> bytes:
-    further: dict[str, Any] = {"chatray": asked.about(choice.verdict, message)} if choice.finish else {}
+def _chunk(
+    asked: Asked, head: Head, choice: Choice, delta: dict[str, Any], logprobs: Any, message: str | None = None, *, ends: bool = True
+) -> bytes:
+    finish = choice.finish if ends else None
+    further: dict[str, Any] = {"chatray": asked.about(choice.verdict, message)} if finish else {}
     if asked.form.stream_options and asked.form.stream_options.include_usage:
         further["usage"] = None
     return event(
-        head.body([{"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": choice.finish}], **further)
+        head.body([{"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}], **further)
     )  # fmt: skip
