@@ -63,17 +63,24 @@ def wait_for(line: str, process: subprocess.Popen, log: Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *words: str) -> Iterator[Served]:
-    """A tiny model, a key and a hidden prompt, served on Ray until the context ends."""
-    tiny_checkpoint(folder / "tiny", seed=0)
+def serving(folder: Path, *words: str, run: Path | None = None) -> Iterator[Served]:
+    """A tiny model or that of a run, a key and a hidden prompt, served on Ray until the context ends."""
+    if run is None:
+        tiny_checkpoint(folder / "tiny", seed=0)
     key = make_key(folder / "keys.yaml", "test")
     write_yaml(folder / "prompts.yaml", {"*": {"version": 1, "before": "Be brief and kind to every one of the cats of this house."}})
     port, log = free_port(), folder / "log"
-    given = ["checkpoint=tiny", f"serving.port={port}", "serving.keys=keys.yaml", "serving.prompts=prompts.yaml", *words]
+    given = [
+        f"run={run}" if run else "checkpoint=tiny",
+        f"serving.port={port}",
+        "serving.keys=keys.yaml",
+        "serving.prompts=prompts.yaml",
+        *words,
+    ]
     with log.open("w") as out:
         process = subprocess.Popen([str(COMMAND), "serve", *given], cwd=folder, stdout=out, stderr=out)
         try:
-            wait_for("serving tiny at", process, log)
+            wait_for(f"serving {run.name if run else 'tiny'} at", process, log)
             yield Served(process, f"http://127.0.0.1:{port}", key, folder)
         finally:
             process.send_signal(signal.SIGINT)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,28 @@ class Features:
         """[N, F] of texts that went through `normal`."""
         with config_context(assume_finite=True, skip_parameter_validation=True):  # of a single text they took a quarter of the time
             return hstack([part.transform(texts) for part in self.parts]).tocsr()
+
+    @cached_property
+    def _readers(self) -> list[tuple[Callable[[str], Iterable[str]], dict[str, int], np.ndarray, int]]:
+        """Of each part: what cuts a text into n-grams, their columns, their idf, and the part's first column."""
+        starts = [0, self.characters]
+        return [(p.build_analyzer(), p.vocabulary_, p.idf_, start) for p, start in zip(self.parts, starts, strict=True)]
+
+    def row(self, text: str) -> tuple[np.ndarray, np.ndarray, int]:
+        """What `of` gives for one text, without its matrices, which take ten times as long as a short text itself.
+
+        Returns:
+            Columns [n] that are not 0, their values [n], and how many of these are of characters; they come first.
+        """
+        columns, values, ends = [], [], []
+        for ngrams, vocabulary, idf, start in self._readers:
+            counts = Counter(column for ngram in ngrams(text) if (column := vocabulary.get(ngram)) is not None)
+            found = np.fromiter(counts.keys(), np.intp, len(counts))
+            value = (np.log(np.fromiter(counts.values(), np.float32, len(counts))) + 1.0) * idf[found]
+            columns.append(found + start)
+            values.append(value / max(float(np.sqrt(value @ value)), 1e-30))
+            ends.append(len(counts))
+        return np.concatenate(columns), np.concatenate(values), ends[0]
 
     @property
     def characters(self) -> int:

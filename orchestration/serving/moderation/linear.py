@@ -53,6 +53,11 @@ class NaiveBayes:
         squares, weighed = self._factors
         return spell @ weighed / np.maximum(np.sqrt(spell.power(2) @ squares), 1e-9) + self.bias
 
+    def score(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """[C]: the same for one text, given by its columns [n] that are not 0 and their values [n]."""
+        squares, weighed = self._factors
+        return values @ weighed[columns] / np.maximum(np.sqrt(np.square(values) @ squares[columns]), 1e-9) + self.bias
+
 
 @dataclass(frozen=True)
 class LinearModel:
@@ -76,8 +81,13 @@ class LinearModel:
         """[N, C], calibrated to how frequent each category was in training."""
         if not texts:
             return np.zeros((0, len(self.categories)))
-        x = self.features.of([normal(text) for text in texts])
-        return expit(x @ self.weights + self.bayes.scores(x[:, : self.features.characters]) @ self.mix + self.bias)
+        return expit(np.stack([self._log_odds(normal(text)) for text in texts]))
+
+    def _log_odds(self, text: str) -> np.ndarray:
+        """[C]."""
+        columns, values, characters = self.features.row(text)
+        bayes = self.bayes.score(columns[:characters], values[:characters])
+        return values @ self.weights[columns] + bayes @ self.mix + self.bias
 
     def thresholds(self) -> dict[str, dict[str, float]]:
         """Those that training chose."""

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from conf.moderation import Moderation
@@ -94,6 +97,26 @@ def test_it_learns_each_category_from_the_rows_where_it_is_known(data: Labelled,
     assert p["violence"][1] > max(0.5, p["violence"][0], p["violence"][2])
     assert p["any"][2] < min(p["any"][:2])
     assert model.report["measured"]["harassment"]["average_precision"] > 0.9
+
+
+@given(
+    st.lists(
+        st.one_of(st.text(max_size=60), st.lists(st.sampled_from([*RUDE, *HARM, *WORDS, "you", "I"])).map(" ".join)), min_size=1, max_size=4
+    )
+)
+@example(["", " ", "\u200b", "k i l l", "you you you you dolt dolt"])
+def test_one_text_gets_the_scores_that_it_has_in_a_matrix(shipped: LinearModel, texts: list[str]) -> None:
+    """A few texts at a time are what the service asks about; training works on matrices of all of them."""
+    rows = [shipped.features.row(normal(text)) for text in texts]
+    x = shipped.features.of([normal(text) for text in texts])
+    for number, (columns, values, characters) in enumerate(rows):
+        dense = np.zeros(x.shape[1], np.float32)
+        dense[columns] = values
+        np.testing.assert_allclose(dense, x[number].toarray()[0], atol=1e-6)
+        assert (columns < shipped.features.characters).sum() == characters
+    bayes = shipped.bayes.scores(x[:, : shipped.features.characters])
+    expected = expit(x @ shipped.weights + bayes @ shipped.mix + shipped.bias)
+    np.testing.assert_allclose(shipped.probabilities(texts), expected, atol=1e-5)
 
 
 def test_unknown_labels_decide_nothing(data: Labelled) -> None:
