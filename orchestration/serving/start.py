@@ -17,12 +17,13 @@ FAST = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 2) // 2))),
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
 """Serve sends requests to the ingress through HAProxy, and what replicas say to each other by gRPC instead of Ray's object store. A replica
 that ends is taken out of HAProxy's list at once; the default of 30 s is for load balancers further out. Serve's own metrics of HAProxy are
-a line that a Python actor reads for each request; ours count requests. Serve looks after its replicas every 0.3 s instead of every 0.1 s,
-which takes 1 instead of 5 % of a core."""
+a line that a Python actor reads for each request; ours count requests. HAProxy's threads (4 by default) are no more than half of the cores.
+Serve looks after its replicas every 0.3 s instead of every 0.1 s, which takes 1 to 2 % of a core instead of 5."""
 PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
 """Beside that of the service; two services on one machine cannot share them."""
 
