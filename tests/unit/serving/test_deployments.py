@@ -128,6 +128,39 @@ def test_tokens_of_another_tokenizer_are_refused(replicas: tuple[str, Ingress, A
     assert caught.value.status == 503
 
 
+def test_sums_and_levels_reach_ray_once_a_second_and_whole() -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.seen: list[tuple[float, dict[str, str]]] = []
+
+        def inc(self, by: float, labels: dict[str, str]) -> None:
+            self.seen.append((by, labels))
+
+        def set(self, value: float) -> None:
+            self.seen.append((value, {}))
+
+    async def counted() -> tuple[Recorder, Recorder]:
+        metrics = deployments.RayMetrics()
+        counter, gauge = Recorder(), Recorder()
+        metrics.counters["chatray_reply_tokens"] = counter
+        metrics.gauges["chatray_ongoing"] = gauge
+        for _ in range(3):
+            metrics.count("chatray_reply_tokens", 2, model="a")
+            metrics.count("chatray_reply_tokens", 0.5, model="b")
+            metrics.count("chatray_reply_tokens", 0, model="c")
+        metrics.set("chatray_ongoing", 4)
+        metrics.set("chatray_ongoing", 1)
+        assert not counter.seen and metrics.due is not None
+        metrics.due.cancel()
+        metrics.publish()
+        metrics.publish()
+        return counter, gauge
+
+    counter, gauge = asyncio.run(counted())
+    assert counter.seen == [(6, {"model": "a"}), (1.5, {"model": "b"})]
+    assert gauge.seen == [(1, {})]
+
+
 def test_errors_survive_the_way_between_processes() -> None:
     import pickle
 
