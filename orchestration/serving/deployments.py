@@ -245,8 +245,8 @@ class Moderation:
 def deployed(kind: type, **given: Any) -> Any:
     """A class as a deployment. Its replicas stay as long as this process: what changes meanwhile (SIGHUP) is handed to their `reconfigure`.
 
-    `serve.run` takes a deployment without a version for new code each time and replaces all its replicas: a second model beside the first
-    in the GPU's memory, and connections to the old ingress closed. The argument is internal because a Serve config needs none.
+    `serve.run` takes a deployment without a version for new code each time and replaces all its replicas: requests stood still for seconds
+    until the new ones were there. The argument is internal because a Serve config needs none.
     """
     found: Any = serve.deployment(kind)
     return found.options(version=PROCESS, _internal=True, **given)
