@@ -158,7 +158,13 @@ class Line(asyncio.Protocol):
                 reply.ended.set_exception(engine_lost())
 
     def reply(self, name: str) -> Outgoing:
-        """A sink for a reply, until `forget`."""
+        """A sink for a reply, until `forget`.
+
+        Raises:
+            ApiError: the connection was lost meanwhile; nobody would hear of it later.
+        """
+        if self.lost:
+            raise engine_lost()
         self.replies[name] = found = Outgoing(self, name)
         return found
 

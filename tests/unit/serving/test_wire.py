@@ -125,6 +125,21 @@ def test_a_lost_connection_ends_both_sides() -> None:
     both(scenario)
 
 
+def test_a_reply_is_not_begun_on_a_line_that_was_lost() -> None:
+    """Between the opening of a line and its first use it may be lost: the reply would never end."""
+
+    async def scenario(desk: Desk, lines: Lines) -> None:
+        line = await lines.to(await desk.address())
+        line.transport.abort()
+        while not line.lost:
+            await asyncio.sleep(0.001)
+        with pytest.raises(ApiError) as caught:
+            line.reply("a")
+        assert caught.value.code == "engine_lost" and not line.replies
+
+    both(scenario)
+
+
 def test_what_is_missing_is_noticed() -> None:
     async def scenario(desk: Desk, lines: Lines) -> None:
         box = expected(desk, "a")
