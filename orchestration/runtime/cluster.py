@@ -25,7 +25,7 @@ from orchestration.errors import RunError
 from orchestration.runtime.connection import connect
 from orchestration.runtime.dispatch import Pieces, shares
 from orchestration.runtime.group import Group, RoleRequest
-from orchestration.runtime.rank import Asked, RankActor, rank_environment
+from orchestration.runtime.rank import Asked, Device, RankActor, device_order, rank_environment
 from orchestration.runtime.reservation import Reservation, Slot, reserve
 from orchestration.runtime.turns import in_turns, load_in_turns
 
@@ -48,8 +48,8 @@ class RayGroup:
 
     def __init__(self, name: str, ranks: list[Any]) -> None:
         self.name, self.ranks, self.size = name, ranks, len(ranks)
-        self.devices: list[tuple[int, ...]] = []
-        """Of each rank, as numbered on its node."""
+        self.devices: list[tuple[Device, ...]] = []
+        """Of each rank, as its node names them."""
         self.nodes: list[int] = []
         """Number of each rank's node, in the order of nodes."""
 
@@ -128,7 +128,7 @@ class RayRuntime:
             for number, (code, _, _) in enumerate(found):
                 check_same_code(f"{name} rank {number}", code, mine, self.own_cluster)
             at = [slots[name, rank] for rank in range(group.size)]
-            order = sorted(range(group.size), key=lambda n: (at[n].node, found[n][1], at[n].bundle))
+            order = sorted(range(group.size), key=lambda n: (at[n].node, [*map(device_order, found[n][1])], at[n].bundle))
             group.ranks = [group.ranks[n] for n in order]
             group.devices = [found[n][1] for n in order]
             group.nodes = [at[n].node for n in order]
@@ -142,7 +142,7 @@ class RayRuntime:
             "max_restarts": 0, "max_task_retries": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.reserved.group, placement_group_bundle_index=slot.bundle),
         }  # fmt: skip
-        return RankActor.options(**options).remote(rank_environment(place.threads, interface))
+        return RankActor.options(**options).remote(rank_environment(place, interface))
 
     def _build(self, request: RoleRequest) -> Pieces[None]:
         """Tell each process which rank it is."""
@@ -154,14 +154,14 @@ class RayRuntime:
             calls.append(Call(done, group, rank, "build"))
         return Pieces([], calls)
 
-    def _devices(self, request: RoleRequest, rank: int) -> list[int]:
-        """The devices of an engine that has a part of several shared ones: those that its neighbours in other roles sit on.
+    def _devices(self, request: RoleRequest, rank: int) -> list[Device]:
+        """The devices of an engine that has a part of several shared ones: those that its neighbours in other roles sit on. Otherwise none.
 
         Raises:
             RunError: they are on two nodes.
         """
         parallel = request.place.tensor_parallel
-        if not self.config.placement.share or parallel == 1:
+        if not self.config.placement.share or parallel == 1 or not request.place.gpus:
             return []
         widest = max(self.groups.values(), key=lambda group: group.size)
         mine = slice(rank * parallel, (rank + 1) * parallel)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from actors.devices import give
 from actors.profiling import traced
 from actors.rewards.source import RewardError
 from actors.worker import RankSpec, Worker, process_group_of_one
@@ -52,6 +53,7 @@ class LocalRuntime:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        give(config.placement.policy.gpus)  # as all of them, which is checked
         process_group_of_one()
 
     def start(self, requests: Sequence[RoleRequest]) -> dict[str, Group]:

@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
+from actors.devices import HIDDEN
 from actors.memory import give_back_freed_memory, tune_allocator
 from actors.profiling import traced
 from actors.rank import RankSpec
+from conf.machines import RolePlacement
 from conf.schema import Config
 from orchestration.runtime.operator_metrics import CallMetrics
 
 if TYPE_CHECKING:
     from actors.worker import Worker
+
+
+Device = int | str
+"""A GPU of a node: its number, or its UUID (also of a part, MIG) where CUDA_VISIBLE_DEVICES of the node's Ray names those."""
 
 
 class Asked(NamedTuple):
@@ -50,17 +56,18 @@ class RayRank:
         self.role: Any = None
         self.metrics: CallMetrics | None = None
 
-    def where(self) -> tuple[str, tuple[int, ...], str]:
-        """(folder of the `actors` package, numbers of its devices on its node, its node's id)."""
+    def where(self) -> tuple[str, tuple[Device, ...], str]:
+        """(folder of the `actors` package, its devices on its node in order, its node's id)."""
         found = importlib.util.find_spec("actors")
         code = str(Path(found.origin or "").resolve().parent) if found else "nowhere"
-        return code, tuple(sorted(int(number) for number in ray.get_gpu_ids())), ray.get_runtime_context().get_node_id()
+        devices = (int(name) if str(name).isdecimal() else str(name) for name in ray.get_gpu_ids())
+        return code, tuple(sorted(devices, key=device_order)), ray.get_runtime_context().get_node_id()
 
-    def build(self, role: type[Worker], config: Config, checkpoint: str, spec: RankSpec, devices: Sequence[int]) -> None:
+    def build(self, role: type[Worker], config: Config, checkpoint: str, spec: RankSpec, devices: Sequence[Device]) -> None:
         """Make the role object.
 
         Args:
-            devices: numbers of all devices it works on, where they are more than Ray gave to this process; otherwise empty.
+            devices: all devices it works on, where they are more than Ray gave to this process; otherwise empty.
         """
         self.doing = ("build", time.time())
         if sys.modules.get("sklearn", self) is None:  # transformers is here now; a reward function of the user's may want it
@@ -107,15 +114,23 @@ class RayRank:
 RankActor: Any = ray.remote(concurrency_groups={"health": 1})(RayRank)  # type: ignore[call-overload]
 
 
-def rank_environment(threads: int, interface: str | None) -> dict[str, str]:
-    """Environment of a rank's process. Ray would set OMP_NUM_THREADS to the reserved CPUs, which cripples CPU arithmetic.
+def device_order(device: Device) -> tuple[bool, int, str]:
+    """Sorts numbers as numbers and names as text."""
+    return (False, device, "") if isinstance(device, int) else (True, 0, device)
+
+
+def rank_environment(place: RolePlacement, interface: str | None) -> dict[str, str]:
+    """Environment of a rank's process. Ray would set OMP_NUM_THREADS to the reserved CPUs, which cripples CPU arithmetic, and would show
+    all GPUs to a rank that reserved none.
 
     Args:
         interface: network interface of collectives; None lets NCCL and gloo choose.
     """
     network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
-    return network | {
-        "OMP_NUM_THREADS": str(threads),
+    return {
+        **network,
+        **({} if place.gpus else HIDDEN),
+        "OMP_NUM_THREADS": str(place.threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # roles share cores: a thread that spins while it waits slows the others nearly tenfold
         "THP_MEM_ALLOC_ENABLE": "1",  # torch's large tensors get pages of their own, which go back when they are freed
         "TOKENIZERS_PARALLELISM": "false",

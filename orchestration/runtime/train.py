@@ -6,6 +6,7 @@ is the only writer of those, and running the command again is the only recovery.
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from actors.devices import give
 from actors.trainer import Task, train
 from actors.worker import process_group_of_one
 from conf.schema import Config
@@ -82,6 +84,7 @@ def run_training(config: Config, task: Task, directory: StageDirectory, watch: C
     (directory.path / STOP).unlink(missing_ok=True)
     with stopping.commits_first():
         if config.runtime == "local":
+            give(config.placement.train.gpus)
             process_group_of_one()
             result = train(config, task, DirectorySession(0, 1, directory))
         else:
@@ -137,7 +140,7 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
     place, scratch = config.placement.train, directory.path / "ray_train"
     interface = interface_of(config, own_cluster=config.ray.address is None)
     resources = {"CPU": place.cpus} | ({"GPU": place.gpus} if place.gpus else {})
-    environment: dict[str, Any] = {"worker_runtime_env": {"env_vars": rank_environment(place.threads, interface)}}
+    environment: dict[str, Any] = {"worker_runtime_env": {"env_vars": rank_environment(place, interface)}}
     trainer = TorchTrainer(
         _rank,
         train_loop_config={"config": config, "task": task, "directory": directory},
@@ -160,11 +163,16 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
 def _rank(job: dict[str, Any]) -> None:
     """What Ray Train runs on each rank."""
     import ray.train
+    import ray.train.torch
     import torch
 
     from orchestration.run_directory import seal
 
     config, directory = job["config"], job["directory"]
+    give(config.placement.train.gpus)
+    # Ray Train counts the ranks of a node, and DeepSpeed turns to the device of that number: there is none without GPUs, and those that
+    # share one see one.
+    os.environ["LOCAL_RANK"] = str(ray.train.torch.get_device().index or 0)
     torch.set_num_threads(config.placement.train.threads)
     context = ray.train.get_context()
     result = train(config, job["task"], DirectorySession(context.get_world_rank(), context.get_world_size(), directory))

@@ -23,6 +23,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
+from actors.devices import hide_gpus
 from conf.sweeps import ASHA, FIFO, PBT
 from orchestration.bundles import Bundle
 
@@ -169,6 +170,7 @@ def _point(config: dict[str, Any]) -> Point:
 
 def _trainable(run: Run) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
+        hide_gpus()  # those are for its ranks, which have processes of their own
         point = _point(config)
         run(Point(int(tune.get_context().get_trial_name()), point.values, point.replay), Channel())
 

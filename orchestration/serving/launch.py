@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from actors.devices import HIDDEN
 from conf.schema import Config
 from conf.serving import Replicas, Serving
 from orchestration import config as configuration
@@ -158,7 +159,10 @@ def _learned_tools(run: Path) -> bool:
 
 def replica_options(replicas: Replicas) -> dict[str, Any]:
     """How many there are and what each reserves, in Serve's words."""
-    found: dict[str, Any] = {"ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus}}
+    process: dict[str, Any] = {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus}
+    if not replicas.gpus:  # Ray would show it all GPUs of its machine
+        process["runtime_env"] = {"env_vars": dict(HIDDEN)}
+    found: dict[str, Any] = {"ray_actor_options": process}
     if replicas.most > replicas.least:
         scaling = {"min_replicas": replicas.least, "max_replicas": replicas.most, "target_ongoing_requests": replicas.target}
         return found | {"autoscaling_config": scaling}

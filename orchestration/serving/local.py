@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from actors.devices import give
 from orchestration.serving.app import create_app
 from orchestration.serving.building import load_engine, served_models
 from orchestration.serving.engine import Engine, EngineLoop
@@ -25,6 +26,7 @@ def opened(wanted: Launch) -> Iterator[Service]:
     """The service with its engines and its store, for as long as the context lasts."""
     settings = wanted.settings
     engine = settings.engine
+    give(settings.engines.gpus)
     with contextlib.ExitStack() as stack:
         loops: dict[str, Engine] = {}
         for spec in wanted.models:

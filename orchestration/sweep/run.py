@@ -104,6 +104,11 @@ def _contradictions(sweep: Sweep, config: Config) -> list[str]:
         found.append(
             f"sweep.every={sweep.every}: above ppo.steps={config.ppo.steps}, so that nothing would be measured on the way; lower it"
         )
+    if config.runtime == "local" and config.placement.policy.gpus:
+        found.append(
+            f"placement.policy.gpus={config.placement.policy.gpus:g}: with runtime=local a trial is one process, for which no GPU is "
+            "reserved; use runtime=ray, or placement=cpu"
+        )
     chosen = sweep.scheduler
     if chosen.kind == "pbt":
         if sweep.search != "random":
