@@ -35,6 +35,7 @@ from actors.serving.protocol import Request
 from conf.moderation import Moderation as ModerationSettings
 from conf.serving import Serving
 from orchestration.errors import RequestError
+from orchestration.serving.apart import Threads
 from orchestration.serving.app import create_app
 from orchestration.serving.building import as_plain, load_engine, served_models, spec_of, tokenizer_of
 from orchestration.serving.engine import EngineLoop, Mailbox
@@ -43,7 +44,7 @@ from orchestration.serving.judging import Judge, Scores, nobody
 from orchestration.serving.keys import read_keys
 from orchestration.serving.launch import Launch, engine_name, launch, options
 from orchestration.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS
-from orchestration.serving.moderation.moderators import Limits, ModerationError, open_moderator, thresholds_of
+from orchestration.serving.moderation.moderators import Limits, open_moderator, thresholds_of
 from orchestration.serving.service import Service
 from orchestration.serving.store.store import Store
 from orchestration.serving.wire import Address, Desk, Lines
@@ -55,9 +56,6 @@ PROCESS = uuid4().hex
 PING_SECONDS = 5.0
 LATE_SECONDS = 10.0
 """A reply's last tokens come before Serve says that its request has ended, or soon after."""
-JUDGE_SECONDS = 120.0
-"""Serve holds calls to a replica that was killed until its successor is there. Long enough for that, and for a moderator that is being
-swapped: with 15 s requests were refused."""
 
 
 def settings_of(plain: dict[str, Any]) -> Serving:
@@ -225,7 +223,7 @@ class Moderation:
     def __init__(self) -> None:
         self.moderator: Any = None
         self.thresholds: Limits = {}
-        self.turn = asyncio.Lock()
+        self.thread = Threads("moderation", 1)  # a lock would be given back by a request that is cancelled while its thread still judges
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         settings = TypeAdapter(ModerationSettings).validate_python(user_config["moderation"])
@@ -234,8 +232,7 @@ class Moderation:
         self.moderator = moderator
 
     async def scores(self, texts: Sequence[str]) -> list[Scores]:
-        async with self.turn:  # a moderator is asked by one thread at a time
-            return await asyncio.to_thread(self.moderator.scores, texts)
+        return await self.thread.run(self.moderator.scores, texts)
 
     async def about(self) -> tuple[str, tuple[str, ...], Limits]:
         """Name, categories and the thresholds in force."""
@@ -294,11 +291,7 @@ class Ingress:
         name, categories, thresholds = await handle.about.remote()
 
         async def ask(texts: list[str]) -> list[Scores]:
-            try:
-                async with asyncio.timeout(JUDGE_SECONDS):
-                    return await handle.scores.remote(texts)
-            except Exception as cause:  # whatever it was, these texts were not judged
-                raise ModerationError(type(cause).__name__) from None
+            return await handle.scores.remote(texts)
 
         chosen: Any = settings.moderation.thresholds or thresholds  # those of the settings, though its replicas be late
         return Judge(name, tuple(categories), ask, chosen)

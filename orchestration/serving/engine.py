@@ -9,6 +9,7 @@ device has no room for two (vLLM), newcomers wait until the old model's replies 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -153,11 +154,12 @@ class EngineLoop:
         Raises:
             ApiError: see `Engine.submit`.
         """
-        if self.broken or self.closing:
-            raise engine_lost()
         if len(self.sinks) >= self.most:
             raise overloaded()
         self.sinks[request.id] = sink
+        if self.broken or self.closing:  # asked afterwards: the thread says that it has ended to all that it finds here
+            self.sinks.pop(request.id, None)
+            raise engine_lost()
         if self.held is None:
             self._post(lambda: self._add(request))
         else:
@@ -175,19 +177,24 @@ class EngineLoop:
             self._post(lambda: self.engines.append(fresh))
             return
         self.held = []  # no room for two: finish, give back, load
+        closed = False
         try:
             while self.inbox or self.owners or any(engine.busy() for engine in self.engines):
+                self.check()  # a thread that has ended finishes nothing
                 await asyncio.sleep(0.01)
+            closed = True
             await asyncio.to_thread(self.engines[-1].close)
             fresh = await asyncio.to_thread(load)
             self._post(lambda: self.engines.__setitem__(slice(None), [fresh]))
-        except Exception:
-            self.broken = "the new model could not be loaded"
+        except BaseException:  # a cancelled one leaves no model either
+            if closed:
+                self.broken, self.held = "the new model could not be loaded", []
+                self._end()
             raise
         finally:
-            for add in self.held:
+            held, self.held = self.held, None
+            for add in held:
                 self._post(add)
-            self.held = None
 
     def check(self) -> None:
         """Whether it works.
@@ -214,9 +221,15 @@ class EngineLoop:
             self.wake.notify()
 
     def _add(self, request: Request) -> None:
-        if request.id in self.sinks:  # whoever asked may have left by now
-            self.owners[request.id] = self.engines[-1]
+        if request.id not in self.sinks:  # whoever asked may have left by now
+            return
+        try:
             self.engines[-1].add(request)
+        except Exception:  # it will not have this request; the others go on
+            logger.exception("the engine refused a request")
+            self._give([Delta(request.id, finish="error")])
+        else:
+            self.owners[request.id] = self.engines[-1]
 
     def _abort(self, name: str) -> None:
         if (engine := self.owners.pop(name, None)) is not None:
@@ -234,6 +247,10 @@ class EngineLoop:
         except Exception as cause:  # whatever it was, the model's state is unknown now
             self.broken = f"{type(cause).__name__}: {cause}"
             logger.exception("the engine stopped")
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing more will be written of any reply."""
         self._give([Delta(name, finish="error") for name in [*self.sinks]])
 
     def _step(self) -> None:
@@ -252,12 +269,18 @@ class EngineLoop:
 
     def _give(self, deltas: list[Delta]) -> None:
         """Hand them to the event loop, in one call."""
-        loop = next((sink.loop for delta in deltas if (sink := self.sinks.get(delta.id))), None)
-        if loop is None or loop.is_closed():
-            return
-        loop.call_soon_threadsafe(self._deliver, deltas)
+        for loop in {sink.loop for delta in deltas if (sink := self.sinks.get(delta.id))}:
+            with contextlib.suppress(RuntimeError):  # it has ended, and with it whoever waited there
+                loop.call_soon_threadsafe(self._deliver, loop, deltas)
 
-    def _deliver(self, deltas: list[Delta]) -> None:
+    def _deliver(self, loop: asyncio.AbstractEventLoop, deltas: list[Delta]) -> None:
         for delta in deltas:
-            if sink := self.sinks.pop(delta.id, None) if delta.finish else self.sinks.get(delta.id):
+            sink = self.sinks.get(delta.id)
+            if sink is None or sink.loop is not loop:
+                continue
+            if delta.finish:
+                del self.sinks[delta.id]
+            try:
                 sink.put(delta)
+            except Exception:  # of one reply; the others have theirs
+                logger.exception("tokens were not handed over")

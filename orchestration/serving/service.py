@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -13,8 +14,9 @@ from typing import Any, TypeVar
 
 from conf.serving import Serving
 from orchestration.data.chat import Chat
+from orchestration.serving.apart import Threads, apart
 from orchestration.serving.engine import Engine
-from orchestration.serving.errors import missing, no_such_model, overloaded, refused, too_many
+from orchestration.serving.errors import missing, no_such_model, out_of_time, overloaded, refused, too_many
 from orchestration.serving.judging import Judge
 from orchestration.serving.keys import Keys, Owner, Quotas
 from orchestration.serving.metrics import Metrics
@@ -24,6 +26,8 @@ from orchestration.serving.store.store import Store
 
 logger = logging.getLogger("chatray.serving")
 T = TypeVar("T")
+SHORT = 4000
+"""Characters, or things of a similar size, that are gone through on the event loop, which takes a few milliseconds; more in a thread."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class ServedModel:
     hidden: HiddenPrompt = field(default_factory=HiddenPrompt)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @functools.cached_property
+    def token_text(self) -> Callable[[int], str]:
+        """The text of one token by itself, looked up once."""
+        return functools.cache(self.chat.token_text)
+
 
 @dataclass
 class Service:
@@ -63,6 +72,7 @@ class Service:
         self.quotas = Quotas(self.clock)
         self.ongoing = 0
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.threads = Threads("texts", 2)
 
     def model(self, name: str) -> ServedModel:
         """Raises:
@@ -98,27 +108,49 @@ class Service:
         """A call to the store, in a thread.
 
         Raises:
-            ApiError: it has no such thing of this owner, will not hold it, or is locked (503).
+            ApiError: it has no such thing of this owner, will not hold it, is locked (503), or does not answer (504).
         """
+        limit = self.settings.limits.seconds
         try:
-            return await asyncio.to_thread(call, *arguments, **further)
+            async with asyncio.timeout(limit):
+                return await asyncio.to_thread(call, *arguments, **further)
         except NotFound as cause:
             raise missing(cause.what) from None
         except Refused as cause:
             raise refused(str(cause)) from None
         except StoreBusy:
             raise overloaded(retry_after=5.0) from None
+        except TimeoutError:
+            raise out_of_time(limit) from None
+
+    async def aside(self, size: int, call: Callable[..., T], *arguments: Any) -> T:
+        """What a call gives that goes through a client's texts: in a thread if they are long, so that nobody else waits for it.
+
+        Args:
+            size: of the texts, characters.
+
+        Raises:
+            ApiError: 504, it took too long.
+        """
+        if size <= SHORT:
+            return call(*arguments)
+        limit = self.settings.limits.seconds
+        try:
+            async with asyncio.timeout(limit):
+                return await self.threads.run(call, *arguments)
+        except TimeoutError:
+            raise out_of_time(limit) from None
 
     async def whatever_comes(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of some work that is finished even if its request is cancelled meanwhile."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = apart(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return await asyncio.shield(task)
 
     def later(self, work: Coroutine[Any, Any, Any]) -> None:
         """Work that goes on although the request it is of has ended."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = apart(work)
         self.tasks.add(task)
         task.add_done_callback(self._finished)
 

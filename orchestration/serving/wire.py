@@ -17,14 +17,16 @@ import contextlib
 import hmac
 import secrets
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
 from actors.serving.protocol import Delta, merged
+from orchestration.serving.apart import apart
 from orchestration.serving.engine import Mailbox
 from orchestration.serving.errors import engine_lost
 
+T = TypeVar("T")
 SECRET_BYTES = 32
 HELLO_SECONDS = 10.0
 CONNECT_SECONDS = 10.0
@@ -51,16 +53,18 @@ class Desk:
         self.host, self.secret = host, secrets.token_bytes(SECRET_BYTES)
         self.boxes: dict[str, Mailbox] = {}
         self.places: dict[str, int] = {}
-        self.server: asyncio.Server | None = None
-        self.opening = asyncio.Lock()
+        self.opening: asyncio.Task[asyncio.Server] | None = None
 
     async def address(self) -> Address:
-        """Where to send; opens the desk the first time."""
-        if self.server is None:
-            async with self.opening:
-                if self.server is None:
-                    self.server = await asyncio.start_server(self._connected, self.host, 0)
-        return Address(self.host, self.server.sockets[0].getsockname()[1], self.secret)
+        """Where to send; opens the desk the first time.
+
+        Raises:
+            ApiError: it cannot be opened.
+        """
+        if self.opening is None or (self.opening.done() and _failed(self.opening)):
+            self.opening = apart(asyncio.start_server(self._connected, self.host, 0))
+        server = await _opened(self.opening)
+        return Address(self.host, server.sockets[0].getsockname()[1], self.secret)
 
     def expect(self, name: str, box: Mailbox) -> None:
         """Deltas of this reply go into this box, until `forget`."""
@@ -71,8 +75,8 @@ class Desk:
         self.places.pop(name, None)
 
     def close(self) -> None:
-        if self.server is not None:
-            self.server.close()
+        if self.opening is not None and self.opening.done() and not _failed(self.opening):
+            self.opening.result().close()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # the event loop ends; asyncio would log it
@@ -229,15 +233,12 @@ class Lines:
             ApiError: it cannot be reached.
         """
         opening = self.lines.get(address)
-        if opening is None or (opening.done() and (opening.exception() or opening.result().lost)):
+        if opening is None or _lost(opening):
             for other, task in [*self.lines.items()]:  # ingresses come and go
-                if task.done() and (task.exception() or task.result().lost):
+                if _lost(task):
                     del self.lines[other]
-            self.lines[address] = opening = asyncio.ensure_future(self._open(address))
-        try:
-            return await asyncio.shield(opening)
-        except (OSError, TimeoutError):
-            raise engine_lost() from None
+            self.lines[address] = opening = apart(self._open(address))
+        return await _opened(opening)
 
     async def _open(self, address: Address) -> Line:
         async with asyncio.timeout(CONNECT_SECONDS):
@@ -248,6 +249,27 @@ class Lines:
 
     def close(self) -> None:
         for task in self.lines.values():
-            if task.done() and not task.cancelled() and task.exception() is None and (transport := task.result().transport):
+            if task.done() and not _failed(task) and (transport := task.result().transport):
                 with contextlib.suppress(RuntimeError):  # its event loop has ended
                     transport.close()
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    """Whether a task that is done gave nothing."""
+    return task.cancelled() or task.exception() is not None
+
+
+def _lost(opening: asyncio.Task[Line]) -> bool:
+    return opening.done() and (_failed(opening) or opening.result().lost)
+
+
+async def _opened(opening: asyncio.Task[T]) -> T:
+    """What several requests wait for; it goes on whichever of them leaves.
+
+    Raises:
+        ApiError: it failed, was cancelled or takes too long.
+    """
+    await asyncio.wait({opening}, timeout=CONNECT_SECONDS)
+    if not opening.done() or _failed(opening):
+        raise engine_lost()
+    return opening.result()

@@ -5,6 +5,7 @@ composer ─▶ send ─▶ Writing (backend.ask, backend.write) ─▶ TurnView
 
 from __future__ import annotations
 
+import contextvars
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -227,7 +228,9 @@ class ChatPage:
         self.layout.busy(True)
         self.announce("An answer is being written.")
         earlier = instead.answer if again and instead and instead.answer and instead.answer.finish in ("stop", "length") else None
-        background_tasks.create(self._answer(self.writing, was, earlier), name="answer", context=self.layout.turns)
+        answer = self._answer(self.writing, was, earlier)
+        # not in the context of this tab's connection: Serve would cancel it with that, though the page may connect again and go on
+        contextvars.Context().run(background_tasks.create, answer, name="answer", context=self.layout.turns)
 
     async def _answer(self, writing: Writing, was: list[Turn], earlier: Answer | None) -> None:
         turn = writing.turn
