@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from actors.broadcast import Broadcast, Meeting
 from actors.devices import own_device
+from actors.rendezvous import open_store
 from actors.ring import RingReceiver, RingSender, machine
 from actors.stream import Endpoint, Route, Stream, Way
 
@@ -61,7 +62,7 @@ class Ends:
 
     def open(self, host: str) -> str:
         """At policy rank 0: where engines find it. What is made here is used by broadcasts alone."""
-        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.store = open_store(host)
         return f"{host}:{self.store.port}"
 
     def sender(self, route: Route, version: int, total: int) -> Stream:

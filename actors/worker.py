@@ -19,6 +19,7 @@ from actors.models import LanguageModel, ScalarModel, load_causal_lm, load_scala
 from actors.profiling import Traces
 from actors.rank import RankSpec as RankSpec
 from actors.rank import off_device
+from actors.rendezvous import LOOPBACK, open_store
 from actors.routes import Ends, endpoint
 from actors.sharding import Optimizer, Sharding
 from actors.staging import staged
@@ -37,17 +38,17 @@ class Worker:
         checkpoint: Hugging Face folder of the weights this role starts from.
         """
         self.config, self.spec = config, spec
-        self.checkpoint = staged(checkpoint, config.engine.stage_folder)
         give(getattr(config.placement, spec.role).gpus)
+        self.checkpoint = staged(checkpoint, config.engine.stage_folder)
         torch.set_num_threads(spec.threads)
         self.host = "127.0.0.1"
         self.ends = Ends()
         self.traces = Traces(config, spec.role, spec.rank)
 
     def open_store(self, host: str) -> tuple[str, int]:
-        """On rank 0: open the rendezvous on a port the system picks, and say where (no port is guessed, so none is raced for)."""
+        """On rank 0: open the rendezvous at this address, and say where it is."""
         self.host = host
-        self._store = dist.TCPStore(host, 0, self.spec.world_size, is_master=True, wait_for_workers=False)
+        self._store = open_store(host, self.spec.world_size)
         return host, self._store.port
 
     def join(self, host: str, port: int, timeout: float) -> None:
@@ -116,6 +117,8 @@ def start_process_group(rank: int, world_size: int, store: dist.Store, timeout: 
 def process_group_of_one() -> None:
     """The process group of a single process; roles of the local runtime share it."""
     if not dist.is_initialized():
+        if LOOPBACK:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)  # else gloo listens on the address of the host's name
         start_process_group(0, 1, dist.HashStore(), datetime.timedelta(seconds=60))
 
 

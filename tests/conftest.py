@@ -17,6 +17,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
+    from tests.intruder import Listening
     from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +46,26 @@ def chatray() -> Chatray:
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of experiment=smoke on the Ray runtime. Not to be changed: copy it."""
+def watched_smoke_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Listening]:
+    from tests.intruder import watched  # not above: it imports this file
+
     folder = tmp_path_factory.mktemp("smoke")
-    done = run_chatray("run", "experiment=smoke", "run_dir=run", "logging.wandb=offline", "logging.tensorboard=true", cwd=folder)
+    with watched() as listening:
+        done = run_chatray("run", "experiment=smoke", "run_dir=run", "logging.wandb=offline", "logging.tensorboard=true", cwd=folder)
     assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return folder / "run", listening
+
+
+@pytest.fixture(scope="session")
+def smoke_run(watched_smoke_run: tuple[Path, Listening]) -> Path:
+    """A finished run of experiment=smoke on the Ray runtime. Not to be changed: copy it."""
+    return watched_smoke_run[0]
+
+
+@pytest.fixture(scope="session")
+def smoke_listening(watched_smoke_run: tuple[Path, Listening]) -> Listening:
+    """What listened while `smoke_run` was made."""
+    return watched_smoke_run[1]
 
 
 @pytest.fixture(scope="session")

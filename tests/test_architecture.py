@@ -115,6 +115,17 @@ def test_algorithms_and_batches_import_torch_and_the_schema_alone() -> None:
             assert ours or module.split(".")[0] in allowed, f"{name_of(file)} imports {module}"
 
 
+@pytest.mark.parametrize(
+    ("opens", "where"),
+    [("is_master=True", "actors/rendezvous.py"), ("ray.init(", "orchestration/runtime/connection.py"),
+     ("TorchConfig(backend", None), ("init_method=", None)],
+)  # fmt: skip
+def test_what_listens_is_opened_in_one_place_that_closes_it_to_others(opens: str, where: str | None) -> None:
+    """Ray and torch would listen on all addresses of the machine."""
+    found = [name_of(file) for file in SOURCES if opens in file.read_text(encoding="utf-8")]
+    assert found == ([where] if where else [])
+
+
 def test_the_program_does_not_import_its_tests() -> None:
     assert importers("tests") == []
     assert importers("conftest") == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +16,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import actors
 from actors.rank import RankSpec
+from actors.rendezvous import LOOPBACK
 from actors.stream import WeightSyncError
 from actors.worker import Worker
 from conf.schema import Config
 from orchestration.bundles import bundles
 from orchestration.errors import RunError
-from orchestration.runtime.connection import connect
+from orchestration.runtime.connection import connect, disconnect
 from orchestration.runtime.dispatch import Pieces, shares
 from orchestration.runtime.group import Group, RoleRequest
 from orchestration.runtime.rank import Asked, Device, RankActor, device_order, rank_environment
@@ -254,7 +254,7 @@ class RayRuntime:
         if ray.is_initialized():
             self.stop()
         if self.own_cluster:
-            ray.shutdown()
+            disconnect()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
@@ -272,7 +272,7 @@ class Connection:
 
     def close(self) -> None:
         if self.own_cluster:
-            ray.shutdown()
+            disconnect()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
@@ -298,7 +298,7 @@ def _answer(ref: Any) -> str:
 
 def interface_of(config: Config, own_cluster: bool) -> str | None:
     """Network interface of collectives: the one that is set, or loopback in a cluster of this machine alone."""
-    return config.placement.interface or ("lo" if own_cluster and sys.platform == "linux" else None)
+    return config.placement.interface or (LOOPBACK if own_cluster else None)
 
 
 def check_same_code(who: str, folder: str, mine: str, own_cluster: bool) -> None:

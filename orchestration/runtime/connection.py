@@ -13,6 +13,7 @@ import ray
 from conf.schema import Config
 from orchestration import stopping
 from orchestration.errors import RunError
+from orchestration.runtime import loopback
 
 START_TRIES = 3
 """How often a cluster of this machine is started before giving up."""
@@ -31,7 +32,6 @@ def connect(config: Config, scratch: str) -> bool:
     """
     if ray.is_initialized():
         return False
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own listens on loopback only
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray puts the driver's working directory first on every worker's path, where a folder of the user's named `conf` or `actors` would
@@ -40,6 +40,7 @@ def connect(config: Config, scratch: str) -> bool:
     os.chdir(config.run_dir)
     try:
         if config.ray.address:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray would send a token that it finds in the home folder
             ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR, namespace="chatray")
             return False
         start_cluster(config, scratch)
@@ -51,18 +52,28 @@ def connect(config: Config, scratch: str) -> bool:
 
 
 def start_cluster(config: Config, scratch: str) -> None:
-    """A cluster of this machine alone. Ray gives its node 30 seconds to register, which a machine that is busy with other work can miss;
-    what was started is then ended and it is tried again.
+    """A cluster of this machine and this user alone, with its files in `scratch`; `disconnect` ends it.
 
     Raises:
         RunError: it did not start in `START_TRIES` tries.
     """
+    loopback.close_to_others(Path(scratch))
+    try:
+        _start(config, scratch)
+    except BaseException:
+        loopback.open_again()
+        raise
+
+
+def _start(config: Config, scratch: str) -> None:
+    """Ray gives its node 30 seconds to register, which a machine that is busy with other work can miss; what was started is then ended and
+    it is tried again."""
     for number in range(START_TRIES):
         folder = Path(scratch) / str(number)
         try:
             ray.init(
-                log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, namespace="chatray",
-                object_store_memory=config.ray.object_store_mb << 20, _node_ip_address="127.0.0.1", _temp_dir=str(folder),
+                address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, namespace="chatray",
+                object_store_memory=config.ray.object_store_mb << 20, _temp_dir=str(folder),
                 _system_config={"prestart_worker_first_driver": False},  # idle workers would only hold memory
             )  # fmt: skip
             return
@@ -95,3 +106,4 @@ def _names(process: psutil.Process, folder: Path) -> bool:
 def disconnect() -> None:
     """Leave the cluster; one that was started here ends."""
     ray.shutdown()
+    loopback.open_again()

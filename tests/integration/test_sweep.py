@@ -17,6 +17,7 @@ import pytest
 from orchestration.sweep import records
 from tests import tiny_ppo
 from tests.conftest import ROOT, ray_processes, wait_until_gone
+from tests.intruder import watched
 
 pytestmark = pytest.mark.ray
 
@@ -65,7 +66,9 @@ def test_trials_whose_roles_are_ranks_use_the_group_that_tune_reserved(tmp_path:
     share = (os.cpu_count() or 1) * 0.6 / 3
     few = ["ppo.advantage=reinforce", "lora.rank=2", "lora.roles=[policy]"]  # no critic, and the policy is its own reference
     ranks = [f"placement.{role}.cpus={share}" for role in ("policy", "reward", "rollout")]
-    said = sweep(tmp_path, *models, *few, *ranks, "ppo.steps=2", "sweep.every=1", "sweep.trials=2", "deadlines.start=120")
+    with watched() as listening:
+        said = sweep(tmp_path, *models, *few, *ranks, "ppo.steps=2", "sweep.every=1", "sweep.trials=2", "deadlines.start=120")
+    assert "RayRank" in " ".join(listening.inet.values()) and listening.open_to_others() == []
     assert "1 at a time (1 fit on the cluster)" in said
     assert {name: row["status"] for name, row in rows(tmp_path).items()} == {"000": "finished", "001": "finished"}, said
     assert all(row["step"] == 2 for row in rows(tmp_path).values())
