@@ -12,7 +12,7 @@ from rich.table import Table
 
 from conf.schema import Config
 from orchestration import preflight
-from orchestration.runtime.facts import Survey, in_gib, survey
+from orchestration.runtime.facts import Survey, in_gib, named, survey
 from orchestration.runtime.machine import Machine
 
 OPEN_FILES = 4096
@@ -54,6 +54,10 @@ def examine(config: Config) -> list[Line]:
 def lines(config: Config, seen: Survey) -> list[Line]:
     """The lines of what was found; what preflight would say of any run comes last."""
     found = [line for machine in seen.machines for line in _of_machine(machine)]
+    if config.ray.address:
+        found += [_exposure(machine) for machine in seen.machines]
+    elif config.runtime == "ray":
+        found.append(Line("all", "open to others", "nothing: a run's own cluster is on loopback and wants a token", "ok"))
     for finding in preflight.machines(config, seen):
         found.append(Line("all", "run", finding.text, "wrong" if finding.grave else "note"))
     return found
@@ -79,6 +83,21 @@ def _of_machine(machine: Machine) -> Iterator[Line]:
         name, "Hugging Face cache", machine.cache or "cannot be written to", "ok" if machine.cache else "note",
         "" if machine.cache else "set HF_HOME to a folder that can be written to, if models come from the hub",
     )  # fmt: skip
+
+
+def _exposure(machine: Machine) -> Line:
+    """What of a cluster that is there already others reach, and who may use it."""
+    found = machine.exposure
+    reached = named(found.ports) or "nothing: loopback alone, for users of this machine"
+    if found.tls:
+        return Line(machine.node.name, "open to others", f"{reached}; for holders of a certificate (mutual TLS)", "ok")
+    if found.token:
+        return Line(
+            machine.node.name, "open to others", f"{reached}; for holders of the token, which goes over the network unencrypted", "ok",
+        )  # fmt: skip
+    return Line(
+        machine.node.name, "open to others", f"{reached}; for everybody who reaches it: they can run code there", "note", preflight.CLOSE
+    )
 
 
 def _devices(machine: Machine) -> Iterator[Line]:

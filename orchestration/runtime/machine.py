@@ -21,6 +21,7 @@ import psutil
 
 from actors.precision import cpu_has_bf16
 from orchestration.planner.machines import Node
+from orchestration.runtime.exposure import Exposure, exposure
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "chatray")
 """Whose versions must be equal on all nodes, Python's own beside them."""
@@ -76,6 +77,8 @@ class Machine:
     """Compilers and libraries that DeepSpeed builds its operators with: where they are, or ""."""
     cache: str
     """Hugging Face's cache: its folder, or "" if it cannot be written to."""
+    exposure: Exposure
+    """What others reach of its Ray."""
 
 
 def inspect(run_dir: str, token: str = "", name: str | None = None) -> Machine:
@@ -108,6 +111,7 @@ def inspect(run_dir: str, token: str = "", name: str | None = None) -> Machine:
         cpu_bf16=cpu_has_bf16(),
         tools=tools(),
         cache=hugging_face_cache(),
+        exposure=exposure(),
     )
 
 
