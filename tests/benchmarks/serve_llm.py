@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 from tests.benchmarks.vllm_words import ENGINE
 
@@ -17,7 +19,7 @@ from tests.benchmarks.vllm_words import ENGINE
 def main(checkpoint: str, port: str, model: str) -> None:
     from orchestration.serving.start import hasten
 
-    hasten(needed=False)  # HAProxy and gRPC, as for ours
+    hasten(Path(tempfile.mkdtemp(prefix="chatray-")), "127.0.0.1", needed=False)  # HAProxy and gRPC, as for ours
     import ray
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app

@@ -8,7 +8,8 @@ asks every arm once with each number of streams, every other round the other way
 same replies of up to `--tokens` tokens. vLLM sends what it has after every token (its default); ours and `ray.serve.llm` at most every
 20 ms, and ours in one arm after every token too; with HAProxy. The client is one process beside them, so its own work counts for each
 alike. Two arms at a time (`--arms`) are compared best: Serve may take a replica for dead that stood still for half a minute. Then the
-service is asked for far more than it takes, again and again, and its memory is read.
+service is asked for far more than it takes, again and again, and its memory is read. `--beside FOLDER` adds each of our arms as the code of
+another checkout serves it.
 """
 
 from __future__ import annotations
@@ -90,6 +91,15 @@ class Server:
     figures: dict[int, list[dict[str, float]]] = field(default_factory=dict)
 
 
+def is_ours(name: str) -> bool:
+    return ARMS[name.partition(" @ ")[0]] is not None
+
+
+def other_code(name: str) -> str | None:
+    """The checkout whose code this arm is of; None for this one's."""
+    return name.partition(" @ ")[2] or None
+
+
 def command(name: str, checkpoint: str, port: int) -> list[str]:
     if name == RAYS:
         return [sys.executable, "-m", "tests.benchmarks.serve_llm", checkpoint, str(port), MODEL]
@@ -97,7 +107,7 @@ def command(name: str, checkpoint: str, port: int) -> list[str]:
         own = ["--stream-interval", "1", "--disable-log-stats", "--disable-uvicorn-access-log", *vllm_words.words(vllm_words.ENGINE)]
         where = ["--model", checkpoint, "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1"]
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *where, *own]
-    words = [f"checkpoint={checkpoint}", f"serving.port={port}", *(ARMS[name] or ())]
+    words = [f"checkpoint={checkpoint}", f"serving.port={port}", *(ARMS[name.partition(" @ ")[0]] or ())]
     return [str(Path(sys.executable).with_name("chatray")), "serve", *words]
 
 
@@ -105,14 +115,16 @@ def command(name: str, checkpoint: str, port: int) -> list[str]:
 def started(name: str, checkpoint: str, folder: Path) -> Iterator[Server]:
     """An arm, ready to answer."""
     port = free_port()
-    here = folder / name.replace(" ", "-").replace(",", "").replace("'", "")
+    here = folder / re.sub("[^a-zA-Z0-9]+", "-", name)
     here.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1",
         "RAY_worker_niceness": "0", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    if ARMS[name] is None:
+    if not is_ours(name):
         environment["PYTHONPATH"] = os.pathsep.join([str(SERVER_PACKAGES), str(ROOT)])
+    elif code := other_code(name):
+        environment["PYTHONPATH"] = code
     with open(here / "log", "wb") as log:
         process = subprocess.Popen(command(name, checkpoint, port), cwd=here, stdout=log, stderr=log, env=environment)
         server = Server(name, process, f"http://127.0.0.1:{port}")
@@ -311,10 +323,23 @@ def tables(servers: Sequence[Server]) -> str:
     return report.table(titles, rows)
 
 
+def beside_other_code(servers: Sequence[Server]) -> str:
+    """Throughput of this checkout over that of others, pair by pair."""
+    rows = []
+    for other in servers:
+        name, _, code = other.name.partition(" @ ")
+        mine = next((server for server in servers if server.name == name and code), None)
+        for streams in other.figures if mine else ():
+            pair = ([one["throughput"] for one in server.figures[streams]] for server in (mine, other) if server)
+            rows.append([streams, name, Path(code).name, str(ratio(*pair))])
+    return report.table(["streams", "arm", "beside the code of", "throughput over it"], rows) if rows else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/bench/natural/lm"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
+    parser.add_argument("--beside", nargs="*", type=Path, default=[], help="folders of other checkouts")
     parser.add_argument("--streams", nargs="+", type=int, default=[*STREAMS])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--least", type=int, default=16, help="requests of a measurement, at least")
@@ -323,15 +348,16 @@ def main() -> None:
     parser.add_argument("--no-overload", action="store_true")
     parser.add_argument("--write", action="store_true", help="the table into BENCHMARKS.md")
     wanted = parser.parse_args()
+    arms = [*wanted.arms, *(f"{arm} @ {folder.resolve()}" for folder in wanted.beside for arm in wanted.arms if is_ours(arm))]
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(started(arm, str(wanted.checkpoint.resolve()), wanted.out.resolve())) for arm in wanted.arms]
+        servers = [stack.enter_context(started(arm, str(wanted.checkpoint.resolve()), wanted.out.resolve())) for arm in arms]
         rounds(servers, wanted)
-        content = [tables(servers)] if wanted.rounds else []
-        ours = [server for server in servers if ARMS[server.name] is not None]
+        content = [tables(servers), *filter(None, [beside_other_code(servers)])] if wanted.rounds else []
+        ours = [server for server in servers if is_ours(server.name)]
         lines = [f"- {server.name}: {told_of(held(server))}" for server in ours]
         content.append("Longest that any text of a reply waited for the rest of its word and its verdict:\n\n" + "\n".join(lines))
         for server in servers:
-            if ARMS[server.name] is None or wanted.no_overload:
+            if not is_ours(server.name) or wanted.no_overload:
                 continue
             before = memory(server)
             lines = [[number, ", ".join(f"{count} {what}" for what, count in sorted(counts.items())), f"{mib:.0f}"]
