@@ -22,6 +22,7 @@ import psutil
 
 from orchestration.serving.keys import make_key
 from tests.conftest import COMMAND
+from tests.intruder import Listening
 from tests.serving_stand_ins import tiny_checkpoint, write_yaml
 
 ASK: Any = [{"role": "user", "content": "where is the cat?"}]
@@ -69,7 +70,7 @@ def serving(folder: Path, *words: str, run: Path | None = None) -> Iterator[Serv
         tiny_checkpoint(folder / "tiny", seed=0)
     key = make_key(folder / "keys.yaml", "test")
     write_yaml(folder / "prompts.yaml", {"*": {"version": 1, "before": "Be brief and kind to every one of the cats of this house."}})
-    port, log = free_port(), folder / "log"
+    port, log, listening = free_port(), folder / "log", Listening()
     given = [
         f"run={run}" if run else "checkpoint=tiny",
         f"serving.port={port}",
@@ -82,11 +83,13 @@ def serving(folder: Path, *words: str, run: Path | None = None) -> Iterator[Serv
         try:
             wait_for(f"serving {run.name if run else 'tiny'} at", process, log)
             yield Served(process, f"http://127.0.0.1:{port}", key, folder)
+            listening.sample()
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=90)
     assert key not in log.read_text()
     assert process.returncode == 0, log.read_text()
+    assert listening.open_to_others(port) == []
 
 
 @dataclass
