@@ -14,6 +14,7 @@ from orchestration import config as configuration
 from orchestration.data.chat import Chat, learn_tokenizer
 from orchestration.data.world import scenarios
 from tests.conftest import ROOT, Chatray
+from tests.intruder import watched
 
 pytestmark = pytest.mark.usefixtures("vllm")
 
@@ -34,12 +35,14 @@ def test_ppo_on_ray_with_vllm(chatray: Chatray, tmp_path: Path) -> None:
     new_causal_lm(config.scale, len(chat.tokenizer), 0, 0.0, chat.end, chat.pad).save_pretrained(tmp_path / "sft")
     chat.save(tmp_path / "sft")
     (tmp_path / "rewarding.py").write_text("def brief(conversations, replies):\n    return [-len(reply) / 10 for reply in replies]\n")
-    done = chatray(
-        "run", "experiment=smoke", "run_dir=run", "stage=ppo", "rollout=vllm", "rollout.cpu_cache_gib=0.1", "ppo.advantage=rloo",
-        "ppo.samples_per_prompt=2", "ppo.steps=2", f"policy_checkpoint={tmp_path / 'sft'}",
-        "ppo.rewards=[{kind: function, function: 'rewarding:brief'}]", "model.dtype=fp32", *shape, cwd=tmp_path,
-    )  # fmt: skip
+    with watched() as listening:
+        done = chatray(
+            "run", "experiment=smoke", "run_dir=run", "stage=ppo", "rollout=vllm", "rollout.cpu_cache_gib=0.1", "ppo.advantage=rloo",
+            "ppo.samples_per_prompt=2", "ppo.steps=2", f"policy_checkpoint={tmp_path / 'sft'}",
+            "ppo.rewards=[{kind: function, function: 'rewarding:brief'}]", "model.dtype=fp32", *shape, cwd=tmp_path,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert listening.open_to_others() == []
     ppo = json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]["ppo"]
     assert all(check["passed"] for check in ppo["checks"].values())  # that the engine agrees with the trainer, and has the step's weights
     assert {"engine", "weights"} <= ppo["checks"].keys()
