@@ -37,7 +37,7 @@ class Placement(Settings):
     interface: str | None
     """Network interface of NCCL and gloo, for example eth0; null lets them choose."""
     collective_timeout: Positive
-    """Seconds that one collective operation between ranks may take before it fails."""
+    """Seconds that one collective operation between ranks may take before it fails: the slowest rank's work is in it."""
     train: RolePlacement
     """Ranks of the supervised and reward-model stages, run under Ray Train."""
     policy: RolePlacement

@@ -175,12 +175,12 @@ class Commit(Settings):
 
 @dataclass(frozen=True)
 class Deadlines(Settings):
-    """How long to wait before saying what is being waited for."""
+    """How long to wait before saying what is being waited for. The preflight asks for three times what `chatray plan` plans."""
 
     start: Positive
-    """Seconds for all ranks of the roles to start and load their weights."""
+    """Seconds for all ranks of the roles to start and load their weights; of a training stage, until its first step is reported."""
     step: Positive
-    """Seconds for any one call to the roles."""
+    """Seconds for any one call to the roles, and between two reports of a training stage."""
     sync: Positive
     """Seconds that policy and engines wait for each other, without progress, while new weights are on their way."""
 

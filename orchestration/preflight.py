@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from conf.schema import Config
+from conf.schema import PPO_ROLES, Config
 from orchestration.bundles import Bundle, bundles, training_bundles, unplaced
 from orchestration.errors import RequestError
 from orchestration.planner.machines import GIB, Node
 from orchestration.planner.plan import plan
 from orchestration.planner.remedies import with_remedies
+from orchestration.planner.waits import too_short
 from orchestration.runtime.facts import Survey, in_gib, named, offered, survey
 
 TRAINED = ("pretrain", "sft", "reward_model")
@@ -37,25 +38,28 @@ class Finding:
     """The run cannot work; otherwise it may be slower, or nothing is known."""
 
 
-Memory = Callable[[Config, Sequence[Node], Sequence[str]], list[Finding]]
-"""(settings, nodes, stages to run) -> what does not fit into the memory of these nodes."""
+Planned = Callable[[Config, Sequence[Node], Sequence[str]], list[Finding]]
+"""(settings, nodes, stages to run) -> what does not fit into these nodes, or not into the deadlines."""
 
 
-def planned_memory(config: Config, nodes: Sequence[Node], stages: Sequence[str]) -> list[Finding]:
-    """The planner's verdict on memory and disk, with the smallest changes that would make it fit; nothing of a single process, whose roles
-    share more than the planner knows."""
+def planned(config: Config, nodes: Sequence[Node], stages: Sequence[str]) -> list[Finding]:
+    """The planner's verdict on memory and disk, with the smallest changes that would make it fit, and on deadlines; nothing of a single
+    process, whose roles share more than the planner knows, and wait for nobody. A CPU's speed is assumed: a deadline that is too short by
+    it is said, and refuses nothing."""
     if config.runtime == "local" or not nodes:
         return []
     wanted = dataclasses.replace(config, stage=stages[0]) if len(stages) == 1 else config  # type: ignore[arg-type]  # one of STAGES
     roomy = [dataclasses.replace(node, shm=max(node.shm, config.ray.object_store_mb * MIB)) for node in nodes]  # `_object_store` judges it
-    found = with_remedies(wanted, plan(wanted, roomy, timed=False))
+    found = with_remedies(wanted, plan(wanted, roomy))
     remedies = "; or ".join(" ".join(remedy.changes) for remedy in found.remedies[:3])
     advice = f"; what would fit: {remedies}" if remedies else "; see chatray plan with the same settings"
-    return [Finding(f"{reason}{advice}", grave=True) for reason in found.reasons]
+    assumed = not any(getattr(config.placement, role).gpus for role in ("train", *PPO_ROLES))
+    late = [Finding(reason, grave=not assumed) for reason in too_short(found.waits, stages)]
+    return [Finding(f"{reason}{advice}", grave=True) for reason in found.reasons] + late
 
 
 def check(
-    config: Config, stages: Sequence[str], connect: Callable[[], object], say: Callable[[str], None], memory: Memory = planned_memory
+    config: Config, stages: Sequence[str], connect: Callable[[], object], say: Callable[[str], None], memory: Planned = planned
 ) -> None:
     """Check as `preflight` says; `warn` prints what was found.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import log
 from typing import Any
 
@@ -14,7 +14,8 @@ from orchestration.planner.layout import Layout, Placed, lay_out
 from orchestration.planner.machines import GIB, Node
 from orchestration.planner.memory import RankMemory, of_role
 from orchestration.planner.shapes import language_model, longest, scalar_model
-from orchestration.planner.timing import Step, ppo_step
+from orchestration.planner.timing import Step, known, ppo_step, speed_of
+from orchestration.planner.waits import Wait, demonstrations_within, planned_waits, too_short
 
 USABLE = 0.95
 """Share of a device's or a node's memory that is planned with; the rest is the allocator's fragmentation and the operating system."""
@@ -67,6 +68,8 @@ class Plan:
     """Bytes of commits and exports below `run_dir`."""
     step: Step | None
     """One step of PPO."""
+    waits: list[Wait]
+    """What the stages wait for; empty where nothing is known of the GPUs' speed."""
     remedies: list[Any]
     """Smallest changes that make it fit, best first; filled in by `remedies.with_remedies`."""
     notes: list[str]
@@ -83,9 +86,9 @@ def plan(config: Config, nodes: Sequence[Node], cluster: Cluster | None = None, 
     Args:
         nodes: described (`machines.described`) or seen on a live cluster.
         cluster: speeds, for the time of a step; by default `config.cluster`.
-        timed: whether a step's time is wanted as well.
+        timed: whether times are wanted as well: of a step, and of all that is waited for.
     """
-    cluster = cluster or config.cluster
+    cluster = known(cluster or config.cluster, nodes)
     kinds = groups(config)
     cuda = any(getattr(config.placement, role).gpus for roles in kinds.values() for role in roles)
     roles = {role: _role(config, role, cuda) for found in kinds.values() for role in found}
@@ -99,14 +102,25 @@ def plan(config: Config, nodes: Sequence[Node], cluster: Cluster | None = None, 
     nearest = max(uses, key=lambda use: use.wanted / max(use.limit, 1))
     told = cluster.gpu_tflops > 0 or not cuda
     step = ppo_step(config, cluster, nodes, cuda) if timed and "ppo" in kinds and told else None
+    placed = {part.name: part.layout for part in parts}
+    memory = {name: role.memory for name, role in roles.items()}
+    speed = speed_of(config, cluster, nodes, cuda)
+    waits = planned_waits(config, speed, memory, placed) if timed and told else []
     notes = [
         *_idle(parts, nodes),
         *_refused(config),
         f"sequences of at most {longest(config):,} tokens{'' if config.engine.longest else ', the context; engine.longest lowers it'}",
     ]
     if not told:
-        notes.append("no time is planned: cluster.gpu_tflops=0 says nothing of the GPUs' speed; describe them with cluster=")
-    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), excess, disk, step, [], notes)
+        notes.append(
+            "no time is planned, no deadline checked: cluster.gpu_tflops=0 says nothing of the GPUs' speed; describe them with cluster="
+        )
+    if waits and cuda and (demonstrations := demonstrations_within(config, waits, speed)) is not None:
+        notes.append(
+            f"deadlines.step={config.deadlines.step:g} has room for {demonstrations:,} demonstrations of {longest(config):,} tokens, which "
+            "set the reward model's zero; with more, raise it"
+        )
+    return Plan(cluster.name, list(nodes), roles, parts, reasons, nearest.says(), excess, disk, step, waits, [], notes)
 
 
 def _idle(parts: Sequence[Part], nodes: Sequence[Node]) -> Iterator[str]:
@@ -269,6 +283,8 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "disk": found.disk,
         "binds": found.binds,
         "step": found.step.as_dict() if found.step else None,
+        "waits": [asdict(wait) for wait in found.waits],
+        "deadlines": too_short(found.waits),
         "reasons": found.reasons,
         "notes": found.notes,
         "remedies": [{"changes": list(remedy.changes), "binds": remedy.binds} for remedy in found.remedies],

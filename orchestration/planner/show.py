@@ -11,6 +11,7 @@ from rich.table import Table
 from orchestration.planner.layout import Placed
 from orchestration.planner.memory import KINDS, PLACES
 from orchestration.planner.plan import Part, Plan, amount
+from orchestration.planner.waits import too_short
 
 FILE_WIDTH = 170
 """Columns where the output goes to a file."""
@@ -30,6 +31,9 @@ def show(found: Plan, console: Console | None = None) -> None:
     out.print(f"what binds: {found.binds}", soft_wrap=True)
     for note in found.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
+    for reason in too_short(found.waits):
+        out.print("[red]a deadline is too short[/red]", end=": ")
+        out.print(reason, markup=False, soft_wrap=True)
     if found.fits:
         out.print("[green]it fits[/green]")
         return

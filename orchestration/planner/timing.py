@@ -16,7 +16,7 @@ to be as long as `ppo.max_new_tokens`, and prompts as long as replies where the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from actors.sharding import stage_in_force
@@ -94,6 +94,9 @@ CPU_FLOPS, CPU_BYTES, CPU_LAYER = 50e9, 8e9, 1e-3
 """Of a rank on a machine without GPUs: arithmetic of each thread in fp32, bytes of memory read, seconds of a layer at least. Assumptions:
 such machines differ by several times; `tests/benchmarks/planning.py measured` takes this machine's own."""
 
+KNOWN = {"A100": (312.0, 2039.0, 300.0), "H100": (989.0, 3350.0, 450.0), "H200": (989.0, 4800.0, 450.0)}
+"""Peak dense bf16 TFLOP/s, GB/s of memory and GB/s of links, by what stands in a GPU's name: the maker's figures, of the fastest form."""
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -140,8 +143,7 @@ def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node], cuda: bool
     Args:
         cuda: whether roles stand on GPUs; otherwise speeds are those of an assumed CPU.
     """
-    speed = of_cluster(cluster, len(nodes)) if cuda else of_cpu(config)
-    tokens = lengths(config)
+    speed, tokens = speed_of(config, cluster, nodes, cuda), lengths(config)
     phases = {name: work.seconds(speed) for name, work in work_of(config, tokens).items()}
     gpus = sum(node.gpus for node in nodes)
     dollars = cluster.price * gpus * sum(phases.values()) / 3600 if cluster.price and gpus else None
@@ -160,6 +162,21 @@ def ppo_step(config: Config, cluster: Cluster, nodes: Sequence[Node], cuda: bool
     return Step(phases, config.ppo.batch * int(tokens.prompt + tokens.reply), dollars, found)
 
 
+def speed_of(config: Config, cluster: Cluster, nodes: Sequence[Node], cuda: bool) -> Speed:
+    return of_cluster(cluster, len(nodes)) if cuda else of_cpu(config)
+
+
+def known(cluster: Cluster, nodes: Sequence[Node]) -> Cluster:
+    """With the speeds of the nodes' GPUs, where the description says none (`cluster=live`) and they are of one known kind. The network
+    between nodes is then taken to be as fast as their links: less cannot be planned."""
+    kinds = {next((kind for kind in KNOWN if kind in node.gpu_name), None) for node in nodes if node.gpus}
+    (kind,) = kinds if len(kinds) == 1 else (None,)
+    if cluster.gpu_tflops > 0 or kind is None:
+        return cluster
+    tflops, bandwidth, link = KNOWN[kind]
+    return replace(cluster, gpu_tflops=tflops, gpu_bandwidth_gb=bandwidth, link_gb=link, network_gb=link)
+
+
 def of_cpu(config: Config) -> Speed:
     """A rank without a GPU; all are taken to be as fast as the policy's."""
     return Speed(CPU_FLOPS * config.placement.policy.threads, CPU_BYTES, CPU_BYTES, 1.0, 1.0, 1.0, CPU_LAYER)
@@ -170,9 +187,13 @@ def of_cluster(cluster: Cluster, nodes: int) -> Speed:
     return Speed(cluster.gpu_tflops * 1e12, cluster.gpu_bandwidth_gb * 1e9, network * 1e9, ARITHMETIC, READING, EXCHANGE, LAYER)
 
 
-def lengths(config: Config) -> Lengths:
-    """The longest that they may be: prompts as long as replies where the context has room."""
-    context, reply = longest(config), config.ppo.max_new_tokens
+def lengths(config: Config, reply: int | None = None) -> Lengths:
+    """The longest that they may be: prompts as long as replies where the context has room.
+
+    Args:
+        reply: tokens of the longest reply; by default PPO's.
+    """
+    context, reply = longest(config), reply or config.ppo.max_new_tokens
     prompt = max(min(reply, context - reply), 1)
     return Lengths(prompt, reply, prompt, reply)
 
@@ -183,19 +204,33 @@ def work_of(config: Config, tokens: Lengths, cache_passes: int = CACHE_PASSES) -
     Args:
         cache_passes: how often each token moves the keys and values of all before it; 1 where they stay in place.
     """
+    return {phase: _together(config, works) for phase, works in by_role(config, tokens, cache_passes).items()}
+
+
+def by_role(config: Config, tokens: Lengths, cache_passes: int = CACHE_PASSES) -> dict[str, dict[str, Work]]:
+    """Work of one device of each role that has some, in each phase."""
     policy, scorer = language_model(config), scalar_model(config)
     place, ppo, length = config.placement, config.ppo, tokens.prompt + tokens.reply
-    low = 2 if config.dtype() == "bf16" else 4
-    generate = _generate(config, policy, tokens, cache_passes, low)
+    low = number_bytes(config)
     passes = {"reference": policy, "reward": scorer, "critic": scorer, "policy": policy}
     present = {role: shape for role, shape in passes.items() if role in config.roles_of_ppo() or role == "reference"}
     score = {
-        role: _forward(config, shape, ppo.batch, length, getattr(place, role if role in config.roles_of_ppo() else "policy").ranks, low)
+        role: forward(config, shape, ppo.batch, length, getattr(place, role if role in config.roles_of_ppo() else "policy").ranks)
         for role, shape in present.items()
     }
     learn = {role: _learn(config, role, shape, length, low) for role, shape in present.items() if role in ("policy", "critic")}
-    sync = Work(fixed=2 * policy.parameters * 4 / (STORE_GB * 1e9))
-    return {"generate": generate, "score": _together(config, score), "learn": _together(config, learn), "sync": sync}
+    sync = Work(fixed=through_store(policy.parameters * 4))
+    generate = sampling(config, tokens, ppo.batch, cache_passes)
+    return {"generate": {"rollout": generate}, "score": score, "learn": learn, "sync": {"policy": sync}}
+
+
+def number_bytes(config: Config) -> int:
+    return 2 if config.dtype() == "bf16" else 4
+
+
+def through_store(size: float) -> float:
+    """Seconds that so many bytes of weights take: one copy in, one out."""
+    return 2 * size / (STORE_GB * 1e9)
 
 
 def _together(config: Config, works: dict[str, Work]) -> Work:
@@ -205,9 +240,10 @@ def _together(config: Config, works: dict[str, Work]) -> Work:
     return max(works.values(), key=lambda work: work.flops)
 
 
-def _generate(config: Config, shape: Shape, tokens: Lengths, cache_passes: int, low: int) -> Work:
-    place, batch = config.placement.rollout, config.ppo.batch
-    mine = batch / place.ranks
+def sampling(config: Config, tokens: Lengths, replies: float, cache_passes: int = CACHE_PASSES) -> Work:
+    """Of one device of a rollout engine, when all engines together are asked for so many replies."""
+    shape, place, low = language_model(config), config.placement.rollout, number_bytes(config)
+    mine = replies / place.ranks
     rounds = ceil(mine / (config.rollout.sequences if isinstance(config.rollout, VLLMRollout) else config.engine.rollout_batch))
     rows = mine / rounds
     prompt, reply = tokens.longest_prompt, tokens.reply  # an engine's batch is padded to its longest prompt
@@ -220,21 +256,29 @@ def _generate(config: Config, shape: Shape, tokens: Lengths, cache_passes: int, 
     return Work(prefill + decode, read, 0.0, rounds * (tokens.longest_reply + 1) * shape.layers)
 
 
-def _forward(config: Config, shape: Shape, rows: int, length: float, ranks: int, low: int) -> Work:
+def forward(config: Config, shape: Shape, rows: float, length: float, ranks: int) -> Work:
+    """Of one rank, when all ranks together pass so many rows."""
     mine = rows / ranks
     pieces = ceil(mine / config.engine.rows_of(ceil(length)))
-    traffic = pieces * shape.parameters * low if config.zero_stage() == 3 and ranks > 1 else 0.0
+    traffic = pieces * shape.parameters * number_bytes(config) if config.zero_stage() == 3 and ranks > 1 else 0.0
     return Work(shape.forward_flops(mine * length, length), 0.0, traffic, pieces * shape.layers)
+
+
+def training_step(config: Config, shape: Shape, rows: float, length: float) -> Work:
+    """Of one rank of a training stage: forward and backward passes over its part of a batch, and the optimizer's step."""
+    ranks = config.placement.train.ranks
+    recomputed = 1 if config.activation_checkpointing() else 0
+    return forward(config, shape, rows, length, ranks).times(3 + recomputed) + _adam(config, shape, ranks, number_bytes(config))
 
 
 def _learn(config: Config, role: str, shape: Shape, length: float, low: int) -> Work:
     ppo, ranks = config.ppo, getattr(config.placement, role).ranks
     recomputed = 1 if config.activation_checkpointing() else 0
-    once = _forward(config, shape, ppo.batch, length, ranks, low)
+    once = forward(config, shape, ppo.batch, length, ranks)
     total = once.times((3 + recomputed) * ppo.epochs)
     if role == "policy" and ppo.ptx > 0:
         steps = ppo.epochs * ppo.minibatches
-        total += _forward(config, shape, ppo.ptx_batch * steps, longest(config), ranks, low).times(3 + recomputed)
+        total += forward(config, shape, ppo.ptx_batch * steps, longest(config), ranks).times(3 + recomputed)
     return total + _adam(config, shape, ranks, low).times(ppo.epochs * ppo.minibatches)
 
 
