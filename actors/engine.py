@@ -64,6 +64,8 @@ class Engine:
         bf16 = wanted and not self.autocast
         sharding = replace(sharding, stage=stage_in_force(sharding.stage, "bf16" if bf16 else "fp32", self.device.type == "cuda"))
         self.zero_stage = sharding.stage
+        self.offloads_parameters = sharding.stage == 3 and sharding.offload_parameters != "none"
+        self.offloads_optimizer = sharding.stage > 0 and sharding.offload_optimizer != "none"
         self.max_grad_norm = optimizer.max_grad_norm if optimizer else 0.0
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if optimizer is None:
@@ -113,6 +115,9 @@ class Engine:
                     places.setdefault(id(parameter), []).append((module, name))
         if not empty:
             return
+        for parameter in self.module.parameters():
+            if not parameter.is_meta:  # heads and adapters that are new: DeepSpeed casts no model of which it finds parts partitioned
+                parameter.data = parameter.data.to(dtype)
         # no dtype=: where fp16 is not supported, DeepSpeed 0.19 takes any that is given for bf16, and NVMe buffers would round the weights
         init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=chosen)
         for key, parameter in empty.items():
@@ -241,6 +246,7 @@ class Engine:
     def weights(self, frozen: bool = True) -> dict[str, Tensor]:
         """The whole state dict, on the CPU of every rank (gathered parameter by parameter under ZeRO-3); without what is not trained if
         not `frozen`."""
+        self._check_awake()
         wanted = [(name, p) for name, p in self.module.named_parameters(remove_duplicate=False) if frozen or p.requires_grad]
         if self.zero_stage < 3 and not frozen:
             return {name: parameter.detach().cpu() for name, parameter in wanted}
@@ -273,6 +279,7 @@ class Engine:
 
     def _whole(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
         """Under ZeRO-3, gather a parameter for writing (rank 0's writing counts)."""
+        self._check_awake()
         return GatheredParameters([parameter], modifier_rank=0) if self.zero_stage == 3 else contextlib.nullcontext()
 
     def sleep(self) -> None:
@@ -297,44 +304,67 @@ class Engine:
 
     @torch.no_grad()
     def _move(self, device: str) -> None:
-        """Everything that takes device memory, to `device`. ZeRO 1 and 2 do it by themselves; ZeRO 3 moves partitions and gradients, and
-        its masters and optimizer states follow here, since it does so for its own fused Adam alone."""
+        """Everything that takes device memory, to `device`. What is offloaded rests in host memory for good, and stays there."""
         if self.deepspeed is None:
             self.module.to(device)
-        elif self.zero_stage == 0 or not self.trains:
-            self._move_replica(device)
-        elif self.zero_stage < 3:
-            self.deepspeed.offload_states(pin_memory=False) if device == "cpu" else self.deepspeed.reload_states()
         else:
-            self._move_partitions(device)
+            if self.zero_stage == 3:
+                self.deepspeed.optimizer.empty_partition_cache()  # weights that were gathered and not given back yet
+            if self.trains:
+                self._move_trained(device)
+            self._move_rest(device)
         if device == "cpu":
             torch.cuda.empty_cache()
 
-    def _move_replica(self, device: str) -> None:
-        for parameter in self.module.parameters():
-            held = getattr(parameter, "ds_tensor", parameter)
-            held.data = held.data.to(device)
-        for buffer in self.module.buffers():
-            buffer.data = buffer.data.to(device)
-        if self.deepspeed.optimizer is not None:
+    def _move_trained(self, device: str) -> None:
+        """Weights that are trained, with their gradients, masters and optimizer states. ZeRO 1 and 2 do it by themselves."""
+        if self.zero_stage == 0:
+            for parameter in (p for p in self.module.parameters() if p.requires_grad):
+                parameter.data = parameter.data.to(device)
+                if parameter.grad is not None:
+                    parameter.grad.data = parameter.grad.data.to(device)
             _move_optimizer(self.deepspeed.optimizer, device)
+        elif self.zero_stage == 3:
+            self._move_partitions(device)
+        elif device == "cpu":
+            self.deepspeed.offload_states(pin_memory=False)
+        else:
+            self.deepspeed.reload_states()
 
     def _move_partitions(self, device: str) -> None:
+        """Under ZeRO 3. DeepSpeed (0.19.8) moves gradients; it would lay weights that are not trained into the room of those that are, and
+        moves masters and moments of its own fused Adam alone."""
         zero = self.deepspeed.optimizer
         states = deepspeed.runtime.zero.offload_config.OffloadStateTypeEnum
         if device == "cpu":
-            include = [states.lp_params, states.lp_grads, states.contiguous_grad_buffer]
-            self.deepspeed.offload_states(include=include, pin_memory=False)
+            self.deepspeed.offload_states(include=[states.lp_grads, states.contiguous_grad_buffer], pin_memory=False)
         else:
             self.deepspeed.reload_states()
-        if "cpu" not in str(getattr(zero, "device", "")):  # offloaded masters are in host memory for good
+        weights = zero.lp_param_buffer
+        weights.data = weights.data.to(device)
+        zero.fp16_partitioned_groups_flat.clear()  # these are parts of it, and so are those of each parameter
+        zero._set_fp16_partitioned_groups_flat()
+        parts = zero._get_parameter_partitions()
+        for part, room in zip(parts, weights.split([part.numel() for part in parts]), strict=True):
+            part.data = room
+        if not self.offloads_optimizer:
             for master in zero.fp32_partitioned_groups_flat:
                 master.data = master.data.to(device)
             _move_optimizer(zero.optimizer, device)
 
+    def _move_rest(self, device: str) -> None:
+        """Weights that are not trained, and buffers."""
+        frozen = [] if self.offloads_parameters else [p for p in self.module.parameters() if not (self.trains and p.requires_grad)]
+        for parameter in frozen:
+            held = getattr(parameter, "ds_tensor", parameter)
+            held.data = held.data.to(device)
+        for buffer in self.module.buffers():
+            buffer.data = buffer.data.to(device)
+
     def save_state(self, folder: Path) -> None:
         """What is trained, Adam's moments and all counts, each rank its share; every rank must call. Frozen weights of a model that is
         trained in part are not saved: it starts from the same ones."""
+        self._check_awake()
         save_state(self.deepspeed, folder / STATE_FOLDER)
 
     def load_state(self, folder: Path) -> None:
@@ -344,6 +374,7 @@ class Engine:
             FileNotFoundError: the folder holds no state of an engine, or not all of it.
             ValueError: it is the state of another model.
         """
+        self._check_awake()
         try:
             load_state(self.deepspeed, folder / STATE_FOLDER)
         except FileNotFoundError as cause:
@@ -351,10 +382,12 @@ class Engine:
 
     def snapshot(self, version: int) -> Snapshot:
         """The trained weights as they are now, of which each rank keeps its share. Every rank must call."""
+        self._check_awake()
         return take_snapshot(self.deepspeed, version)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put a snapshot's weights back, into a model that will not be trained further; every rank must call, each with its share."""
+        self._check_awake()
         restore_snapshot(self.deepspeed, snapshot)
 
     def load_snapshot(self, folder: Path) -> Snapshot | None:
