@@ -10,14 +10,17 @@ from annotated_types import Ge, Gt, Le
 from conf.moderation import Moderation
 from conf.settings import Count, NotNegative, Positive, Settings, Whole
 
+MOST_MESSAGES, MOST_CHOICES = 4096, 128
+"""What the forms of requests leave room for."""
+
 
 @dataclass(frozen=True)
 class ServingEngine(Settings):
     """What writes replies."""
 
     kind: Literal["transformers", "vllm"]
-    """`transformers`: no further package, every model; requests join and leave a batch between two tokens. `vllm`: a paged cache, for
-    GPUs and CPUs."""
+    """`transformers`: no further package, models without sliding windows; requests join and leave a batch between two tokens. `vllm`: a
+    paged cache, for GPUs and CPUs."""
     sequences: Count
     """Replies that one replica writes at once, at most; further requests wait."""
     prefill_tokens: Count
@@ -57,15 +60,15 @@ class Limits(Settings):
     """What a request may ask for; above it the answer is an error of status 400, 413 or 429."""
 
     body_bytes: Count
-    """Size of a request's body."""
-    messages: Count
+    """Size of a request's body. It may have 32,768 objects, lists and named fields, and 131,072 values; above 1 MiB more in proportion."""
+    messages: Annotated[int, Ge(1), Le(MOST_MESSAGES)]
     """Messages of a request, or turns kept of a conversation."""
     characters: Count
-    """Characters of all its texts together."""
-    choices: Count
+    """Characters of all its texts together, or of those kept of a conversation."""
+    choices: Annotated[int, Ge(1), Le(MOST_CHOICES)]
     """Replies to one request (`n`), or prompts times `n` in `/v1/completions`."""
     new_tokens: Count
-    """Longest reply, tokens."""
+    """Longest reply, tokens. Log-probs are told of as many as one such reply has with 20 alternatives, over all choices."""
     default_tokens: Count
     """Longest reply where the request does not say; what the context leaves if that is less."""
     seconds: Positive

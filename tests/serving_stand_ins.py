@@ -100,6 +100,8 @@ class ScriptedEngine:
         self.going.set()
         self.error: Exception | None = None
         self.breaks_after: int | None = None
+        self.alternatives = 1
+        """Told at each token, where they are asked for."""
         self.stopped = threading.Event()
 
     def submit(self, request: Request) -> Scripted:
@@ -125,7 +127,7 @@ class ScriptedEngine:
                 last = start + self.step >= len(ids)
                 finish = None if not last else "stop" if some[-1] == chat().end else "length"
                 told = [] if asked is None else [-0.5 for _ in some]
-                best = [] if asked is None else [[(token, -0.5)][:asked] for token in some]
+                best = [] if asked is None else [[(token + other, -0.5) for other in range(self.alternatives)][:asked] for token in some]
                 if finish:
                     self.closed[number] = False
                 yield Delta(request.id, some, told, best, finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -30,7 +31,9 @@ def create_app(service: Service | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        gc.freeze()  # else what is there already, half a million objects, is gone through again and again as requests come: 0.3 s each time
         yield
+        gc.unfreeze()
         if app.state.service is not None:
             await app.state.service.settle()
 

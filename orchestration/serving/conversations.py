@@ -55,6 +55,8 @@ class Kept:
             found = found[: places[0]]
         if len(found) + len(form.messages) >= service.settings.limits.messages:
             raise refused("conversation: it has as many messages as this server keeps; begin another", "conversation")
+        if sum(len(message.content) for message in found) > service.settings.limits.characters:
+            raise refused("conversation: it has as many characters as this server keeps; begin another", "conversation")
         told = tuple(Message(m.role, m.content) for m in found if not (m.extra or {}).get("untold"))
         return cls(service, owner, name, told, cut=cut)
 

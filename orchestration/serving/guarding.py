@@ -26,6 +26,10 @@ SECURITY_HEADERS = (
 OPEN_PATHS = ("/health",)
 """Answered without a key."""
 UNLIMITED = ("/health", "/metrics")
+QUERY_BYTES, HEADER_BYTES, HEADERS = 8192, 65_536, 200
+"""What requests of browsers and libraries stay far below, and servers in front of this one let through."""
+DIGITS = 18
+"""Of a length that a computer can have."""
 
 
 class Guarding:
@@ -64,6 +68,12 @@ class Guarding:
             service.metrics.count("chatray_requests", path=getattr(route, "path", "other"), status=str(status))
 
     def _admit(self, scope: Scope, service: Service) -> None:
+        if len(scope["query_string"]) > QUERY_BYTES or len(scope["path"]) > QUERY_BYTES:
+            raise ApiError(414, f"The address is longer than the {QUERY_BYTES} bytes that this server reads.", code="address_too_long")
+        if len(scope["headers"]) > HEADERS or sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+            raise ApiError(
+                431, f"The headers are more than the {HEADERS}, or {HEADER_BYTES} bytes, that this server reads.", code="headers_too_large"
+            )
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if not _named_as_here(scope, service):
             raise ApiError(
@@ -77,7 +87,7 @@ class Guarding:
         if scope["path"] not in UNLIMITED:
             service.quotas.admit(owner)
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > service.settings.limits.body_bytes:
+        if not length.isdigit() or len(length) > DIGITS or int(length) > service.settings.limits.body_bytes:
             raise _too_large(service.settings.limits.body_bytes)
 
     def _guarded(self, path: str) -> bool:
@@ -90,7 +100,10 @@ def _named_as_here(scope: Scope, service: Service) -> bool:
     if service.keys.entries is not None:
         return True
     given: dict[bytes, bytes] = dict(scope["headers"])
-    host = urlsplit(f"//{given.get(b'host', b'').decode('latin-1')}").hostname
+    try:
+        host = urlsplit(f"//{given.get(b'host', b'').decode('latin-1')}").hostname
+    except ValueError:  # an opening bracket without a closing one
+        return False
     return host is not None and is_loopback(host)
 
 

@@ -34,12 +34,12 @@ def fitted(messages: tuple[Message, ...], chat: Chat, hidden: HiddenPrompt, room
     head = messages[:1] if messages and messages[0].role == "system" else ()
     turns = messages[len(head) :]
     starts = _starts(turns)
-    low, high = 0, len(starts) - 1
-    while low < high:  # the fewest dropped turns that fit: prompts get shorter from start to start
+    ids, low, high = _ids(messages, chat, hidden), 0, len(starts) - 1
+    while len(ids) > room and low < high:  # the fewest dropped turns that fit: prompts get shorter from start to start
         middle = (low + high) // 2
         low, high = (low, middle) if len(_ids(head + turns[starts[middle] :], chat, hidden)) <= room else (middle + 1, high)
     kept = head + turns[starts[low] :]
-    ids = _ids(kept, chat, hidden)
+    ids = _ids(kept, chat, hidden) if low else ids
     visible = len(chat.prompt(Dialogue("", kept))) if hidden else len(ids)
     if len(ids) > room:
         most = max(room - (len(ids) - visible), 0)

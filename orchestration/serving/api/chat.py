@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from actors.serving.protocol import Drawing
 from orchestration.data.dialogues import Message
 from orchestration.serving import tools as calls
-from orchestration.serving.api.bodies import Head, chat_logprobs, new_id, usage, verdict_body
-from orchestration.serving.api.forms import ChatForm, ChatMessage, TextPart, refuse_unsupported
+from orchestration.serving.api.bodies import Head, chat_logprobs, new_id, told, usage, verdict_body
+from orchestration.serving.api.forms import MOST_LIKELIEST, ChatForm, ChatMessage, refuse_unsupported
 from orchestration.serving.api.streaming import DONE, event
 from orchestration.serving.conversations import Kept
 from orchestration.serving.errors import refused, unsupported
@@ -23,6 +24,11 @@ from orchestration.serving.window import Window, fitted
 from orchestration.serving.writing import Job, interleaved, jobs, judged_input, together
 
 CHUNK, WHOLE = "chat.completion.chunk", "chat.completion"
+TURN = 20
+"""Characters of a text that are gone through in the time that one more turn or part takes."""
+UNFOLDING = 4
+"""A text may be so many times longer in NFKD than `limits.characters`; Korean is two to three times, and one character can be eighteen."""
+UNFOLDED_AT_ONCE = 4096
 
 
 @dataclass
@@ -81,10 +87,31 @@ def _text(message: ChatMessage, number: int) -> str:
         if message.content is None and message.role != "assistant":
             raise refused(f"messages.{number}.content: needed", "messages")
         return message.content or ""
-    other = next((part.type for part in message.content if not isinstance(part, TextPart)), None)
+    other = next((part.type for part in message.content if not part.is_text), None)
     if other is not None:
         raise unsupported(f"messages.{number}.content", f"parts of type {other!r:.40} are not supported by this server; only text is")
-    return "".join(part.text for part in message.content if isinstance(part, TextPart))
+    return "".join(part.text for part in message.content)
+
+
+def length_of(messages: Sequence[ChatMessage]) -> int:
+    """How much there is to go through, in characters: a message with its role, a part or a call are some themselves."""
+    found = 0
+    for message in messages:
+        parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content or ()]
+        parts += [call.function.arguments for call in message.tool_calls or ()]
+        found += sum(map(len, parts)) + TURN * (1 + len(parts))
+    return found
+
+
+def check_counts(service: Service, messages: int, choices: int) -> None:
+    """Raises:
+    ApiError: more than `serving.limits` allows.
+    """
+    limits = service.settings.limits
+    if messages > limits.messages:
+        raise refused(f"messages: {messages} are more than the {limits.messages} that this server takes", "messages")
+    if choices > limits.choices:
+        raise refused(f"n: {choices} replies are more than the {limits.choices} that this server gives", "n")
 
 
 async def ask(service: Service, owner: Owner, form: ChatForm) -> Asked:
@@ -97,8 +124,10 @@ async def ask(service: Service, owner: Owner, form: ChatForm) -> Asked:
     refuse_unsupported(form)
     model = service.model(form.model)
     names = _tools(form, model)
-    own = messages_of(form.messages)
-    check_sizes(service, len(form.messages), own, form.n or 1)
+    check_counts(service, len(form.messages), form.n or 1)
+    size = length_of(form.messages)
+    own = await service.aside(size, messages_of, form.messages)
+    await service.aside(size, check_texts, service, [message.content for message in own])
     if form.top_logprobs is not None and not form.logprobs:
         raise refused("top_logprobs: only allowed when 'logprobs' is true", "top_logprobs")
     if form.top_logprobs and model.hidden:
@@ -106,8 +135,11 @@ async def ask(service: Service, owner: Owner, form: ChatForm) -> Asked:
     service.log("chat", owner, [message.content for message in own])
     kept = await Kept.of(service, owner, form) if form.conversation is not None else None
     longest = room_for_reply(service, model, form.max_completion_tokens or form.max_tokens)
-    window = fitted(kept.before(own) if kept else own, model.chat, model.hidden, model.context - longest)
-    texts = [message.content for message in own]
+    check_logprobs(service, longest * (form.n or 1), (form.top_logprobs or 0) if form.logprobs else None)
+    whole, texts = kept.before(own) if kept else own, [message.content for message in own]
+    size += sum(len(message.content) + TURN for message in whole)
+    window = await service.aside(size, fitted, whole, model.chat, model.hidden, model.context - longest)
+    secret = await service.aside(size, model.hidden.secret.known, texts)
     verdict = await judged_input(service, owner, model, [m.content for m in own if m.role != "assistant"])
     if kept:
         kept.own, kept.verdict = own, verdict
@@ -115,7 +147,7 @@ async def ask(service: Service, owner: Owner, form: ChatForm) -> Asked:
         longest, 1.0 if form.temperature is None else form.temperature, form.top_p or 1.0,
         logprobs=(form.top_logprobs or 0) if form.logprobs else None,
     )  # fmt: skip
-    job = Job(model, owner, window.ids, drawing, tuple(form.stops()), model.hidden.secret.known(texts), begun)
+    job = Job(model, owner, window.ids, drawing, tuple(form.stops()), secret, begun)
     return Asked(form, owner, model, window, jobs(job, form.n or 1, form.seed), kept, verdict, names)
 
 
@@ -134,18 +166,39 @@ def _tools(form: ChatForm, model: ServedModel) -> frozenset[str]:
     return frozenset(tool.function.name for tool in form.tools)
 
 
-def check_sizes(service: Service, count: int, messages: tuple[Message, ...], choices: int) -> None:
+def check_texts(service: Service, texts: Sequence[str], what: str = "messages") -> None:
     """Raises:
-    ApiError: more than `serving.limits` allows.
+    ApiError: they are longer than `serving.limits` allows.
     """
     limits = service.settings.limits
-    characters = sum(len(message.content) for message in messages)
-    if count > limits.messages:
-        raise refused(f"messages: {count} are more than the {limits.messages} that this server takes", "messages")
+    characters = sum(map(len, texts))
     if characters > limits.characters:
-        raise refused(f"messages: {characters} characters are more than the {limits.characters} that this server takes", "messages")
-    if choices > limits.choices:
-        raise refused(f"n: {choices} replies are more than the {limits.choices} that this server gives", "n")
+        raise refused(f"{what}: {characters} characters are more than the {limits.characters} that this server takes", what)
+    if unfolded(texts, UNFOLDING * limits.characters) > UNFOLDING * limits.characters:
+        raise refused(f"{what}: made of characters that stand for many others; this server takes no so long text of them", what)
+
+
+def unfolded(texts: Sequence[str], most: int) -> int:
+    """Characters of the texts in Unicode's form NFKD, in which moderation and the hidden prompt's guard read them; stops above `most`."""
+    found = 0
+    for text in texts:
+        for start in range(0, 0 if text.isascii() else len(text), UNFOLDED_AT_ONCE):
+            found += len(unicodedata.normalize("NFKD", text[start : start + UNFOLDED_AT_ONCE]))
+            if found > most:
+                return found
+    return found
+
+
+def check_logprobs(service: Service, tokens: int, likeliest: int | None) -> None:
+    """Raises:
+    ApiError: more would have to be told than of the longest reply with 20 alternatives at each token.
+    """
+    most = service.settings.limits.new_tokens * (1 + MOST_LIKELIEST)
+    if likeliest is not None and tokens * (1 + likeliest) > most:
+        raise refused(
+            f"logprobs: {1 + likeliest} of each of {tokens} tokens (of all choices) are more than the {most} that this server tells; lower "
+            "max_tokens, n or the number of alternatives", "logprobs",
+        )  # fmt: skip
 
 
 def room_for_reply(service: Service, model: ServedModel, wanted: int | None) -> int:
@@ -242,7 +295,8 @@ async def complete(service: Service, asked: Asked) -> dict[str, Any]:
             choice.take(whole, text)
             found.append(choice)
             if asked.form.logprobs and not blocked:
-                logprobs[index] = chat_logprobs([t for piece in reply.pieces for t in piece.tokens], asked.model.chat.token_text)
+                tokens = [token for piece in reply.pieces for token in piece.tokens]
+                logprobs[index] = await service.aside(told(tokens), chat_logprobs, tokens, asked.model.token_text)
     message = await found[0].keep()  # a kept conversation has one choice
     choices = [
         {"index": choice.index, "message": choice.message(), "logprobs": logprobs[choice.index], "finish_reason": choice.finish}
@@ -273,7 +327,7 @@ async def stream(service: Service, asked: Asked) -> AsyncIterator[bytes]:
                     continue
                 opening = {} if index in opened else {"role": "assistant", "content": ""}
                 opened.add(index)
-                logprobs = chat_logprobs(piece.tokens, asked.model.chat.token_text) if asked.form.logprobs and piece.tokens else None
+                logprobs = chat_logprobs(piece.tokens, asked.model.token_text) if asked.form.logprobs and piece.tokens else None
                 events = b""
                 if delta or opening or logprobs:
                     events = _chunk(asked, head, choice, opening | delta, logprobs, ends=False)

@@ -10,8 +10,9 @@ from typing import Any
 
 from actors.serving.protocol import Drawing
 from orchestration.data.dialogues import Dialogue, Message
+from orchestration.serving.api import bodies
 from orchestration.serving.api.bodies import Head, completion_logprobs, new_id, usage
-from orchestration.serving.api.chat import check_sizes, room_for_reply
+from orchestration.serving.api.chat import check_counts, check_logprobs, check_texts, room_for_reply
 from orchestration.serving.api.forms import CompletionForm, refuse_unsupported
 from orchestration.serving.api.streaming import DONE, event
 from orchestration.serving.errors import ApiError, refused, unsupported
@@ -71,8 +72,8 @@ class AskedText:
         """Log-probs of a piece, if they were asked for."""
         if self.form.logprobs is None or not piece.tokens:
             return None
-        found = completion_logprobs(piece.tokens, self.model.chat.token_text, text.offset)
-        text.offset += sum(len(self.model.chat.token_text(token.id)) for token in piece.tokens)
+        found = completion_logprobs(piece.tokens, self.model.token_text, text.offset)
+        text.offset += sum(len(self.model.token_text(token.id)) for token in piece.tokens)
         return found
 
 
@@ -89,10 +90,17 @@ async def ask(service: Service, owner: Owner, form: CompletionForm) -> AskedText
         raise unsupported("echo", "together with logprobs: log-probs of the prompt are not told")
     if form.logprobs and model.hidden:
         raise unsupported("logprobs", "above 0: what this model did not say is not told")
-    prompts = _prompts(form, model)
+    given = _given(form)
     count = form.n or 1
-    check_sizes(service, len(prompts), tuple(Message("user", text) for text, _ in prompts), count * len(prompts))
+    check_counts(service, len(given), count * len(given))
     longest = room_for_reply(service, model, form.max_tokens or DEFAULT_TOKENS)
+    check_logprobs(service, longest * count * len(given), form.logprobs)
+    for prompt in given:
+        if not isinstance(prompt, str) and len(prompt) > model.context - longest:
+            raise _too_long(model.context - longest, len(prompt))
+    size = sum(map(len, given))
+    await service.aside(size, check_texts, service, [prompt for prompt in given if isinstance(prompt, str)], "prompt")
+    prompts = await service.aside(size, _prompts, given, model)
     wanted: list[Job] = []
     texts: list[Text] = []
     drawing = Drawing(
@@ -100,15 +108,11 @@ async def ask(service: Service, owner: Owner, form: CompletionForm) -> AskedText
     )  # fmt: skip
     said = [text for text, _ in prompts]
     service.log("completions", owner, said)
-    secret = model.hidden.secret.known(said)
+    secret = await service.aside(size, model.hidden.secret.known, said)
     for text, ids in prompts:
         whole = _around(ids, model)
         if not whole or len(whole) > model.context - longest:
-            most = max(0, model.context - longest - (len(whole) - len(ids)))
-            raise ApiError(
-                400, f"A prompt of this model has 1 to {most} tokens beside this reply; this one has {len(ids)}.", param="prompt",
-                code="context_length_exceeded",
-            )  # fmt: skip
+            raise _too_long(model.context - longest - (len(whole) - len(ids)), len(ids))
         job = Job(model, owner, whole, drawing, tuple(form.stops()), secret, begun)
         for one in jobs(job, count, form.seed):
             wanted.append(one)
@@ -116,19 +120,26 @@ async def ask(service: Service, owner: Owner, form: CompletionForm) -> AskedText
     return AskedText(form, model, wanted, texts, await judged_input(service, owner, model, said))
 
 
-def _prompts(form: CompletionForm, model: ServedModel) -> list[tuple[str, list[int]]]:
-    """Each prompt as text and tokens. Special tokens are no text, and are refused as ids: nobody may fake a turn."""
+def _too_long(room: int, tokens: int) -> ApiError:
+    return ApiError(
+        400, f"A prompt of this model has 1 to {max(0, room)} tokens beside this reply; this one has {tokens}.", param="prompt",
+        code="context_length_exceeded",
+    )  # fmt: skip
+
+
+def _given(form: CompletionForm) -> list[str] | list[list[int]]:
     given: Any = form.prompt
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+def _prompts(given: Any, model: ServedModel) -> list[tuple[str, list[int]]]:
+    """Each prompt as text and tokens. Special tokens are no text, and are refused as ids: nobody may fake a turn."""
     if isinstance(given[0], str):
         return list(zip(given, model.chat.texts(given), strict=True))
-    special = set(model.chat.tokenizer.all_special_ids)
+    special, known = set(model.chat.tokenizer.all_special_ids), len(model.chat.tokenizer)
     for ids in given:
-        if wrong := next((i for i in ids if not 0 <= i < len(model.chat.tokenizer) or i in special), None):
+        if (wrong := next((i for i in ids if not 0 <= i < known or i in special), None)) is not None:
             raise refused(f"prompt: {wrong} is not a token that a text of this model may have", "prompt")
-        if any(i in special or i < 0 for i in ids):
-            raise refused("prompt: 0 is not a token that a text of this model may have", "prompt")
     return [(model.chat.decode(ids), list(ids)) for ids in given]
 
 
@@ -158,7 +169,7 @@ async def complete(service: Service, asked: AskedText) -> dict[str, Any]:
                 reply.last, text=reply.text, tokens=[] if blocked else [token for piece in reply.pieces for token in piece.tokens]
             )
             text.take(whole, service.settings.refusal)
-            told[text.index] = asked.told(text, whole)
+            told[text.index] = await service.aside(bodies.told(whole.tokens), asked.told, text, whole)
     head = Head(asked.id, "text_completion", asked.model.name)
     choices = [
         asked.choice(text, (text.prompt if asked.form.echo else "") + text.text, told[text.index], text.finish) for text in asked.texts

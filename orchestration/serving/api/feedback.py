@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from orchestration.data.dialogues import Message
-from orchestration.serving.api.chat import check_sizes, messages_of
-from orchestration.serving.api.forms import ChatMessage, Form, Name, Text
+from orchestration.serving.api.bodies import answer
+from orchestration.serving.api.chat import check_counts, check_texts, length_of, messages_of
+from orchestration.serving.api.forms import Form, Messages, Name, Text, listed
 from orchestration.serving.api.sharing import After, Asking, Identifier, PageSize, Serving, router
 from orchestration.serving.conversations import holdable
 from orchestration.serving.errors import missing, refused
@@ -34,12 +34,12 @@ class FeedbackForm(Form):
     """Whether the next round may train on it."""
     conversation: Name | None = None
     message: Name | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    answers: Annotated[list[Text], Field(max_length=16, default_factory=list)]
+    messages: Messages | None = None
+    answers: Annotated[list[Text], listed(16), Field(default_factory=list)]
     """Beside `message`: further answers to the same prompt."""
     model: Name | None = None
     """Which served model wrote `answers`; needed beside `messages`."""
-    of: Annotated[list[Name], Field(min_length=1, max_length=16)] | None = None
+    of: Annotated[list[Name], listed(16, least=1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ async def give(form: FeedbackForm, service: Serving, owner: Asking) -> dict[str,
     ways = [form.of is not None, form.message is not None, form.messages is not None]
     if sum(ways) != 1:
         raise refused("feedback is about one of: 'of'; 'conversation' and 'message'; 'messages', 'answers' and 'model'", "messages")
-    if len(form.value) > service.settings.limits.characters:
-        raise refused(f"value: more than the {service.settings.limits.characters} characters that this server takes", "value")
+    check_texts(service, [form.value], "value")
+    check_texts(service, form.answers, "answers")
     if form.of is not None:
         return await _given(service, owner, form, form.of)
-    about = await _kept(service, owner, form) if form.message is not None else _told(service, form)
+    about = await (_kept if form.message is not None else _told)(service, owner, form)
     _check(form, len(about.answers))
     known = [] if about.conversation is None else await service.stored(service.store.given, owner.id, about.conversation)
     return await _given(service, owner, form, await _recorded(service, owner, about, known))
@@ -87,7 +87,7 @@ async def _kept(service: Service, owner: Owner, form: FeedbackForm) -> About:
     return About(prompt, [reply.content, *form.answers], f"{reply.model}@{version}" if version else reply.model or "", form.conversation)
 
 
-def _told(service: Service, form: FeedbackForm) -> About:
+async def _told(service: Service, owner: Owner, form: FeedbackForm) -> About:
     """A prompt and replies that the client sends."""
     assert form.messages is not None
     if not form.answers:
@@ -95,8 +95,10 @@ def _told(service: Service, form: FeedbackForm) -> About:
     if form.model is None:
         raise refused("model: needed beside 'messages'; the model that wrote 'answers'", "model")
     model = service.model(form.model)
-    turns = messages_of(form.messages)
-    check_sizes(service, len(form.messages), (*turns, *(Message("assistant", text) for text in form.answers)), 1)
+    check_counts(service, len(form.messages), 1)
+    size = length_of(form.messages)
+    turns = await service.aside(size, messages_of, form.messages)
+    await service.aside(size, check_texts, service, [*(turn.content for turn in turns), *form.answers])
     prompt = [{"role": turn.role, "content": holdable(turn.content)} for turn in turns]
     return About(prompt, form.answers, f"{model.name}@{model.version}")
 
@@ -141,9 +143,9 @@ async def _given(service: Service, owner: Owner, form: FeedbackForm, answers: li
 
 
 @feedback.get("/feedback")
-async def mine(service: Serving, owner: Asking, limit: PageSize = 50, after: After = None) -> dict[str, Any]:
+async def mine(service: Serving, owner: Asking, limit: PageSize = 50, after: After = None) -> Any:
     found = await service.stored(service.store.feedback, owner.id, limit=limit, after=after)
-    return {"object": "list", "data": [feedback_body(one) for one in found]}
+    return await answer({"object": "list", "data": [feedback_body(one) for one in found]})
 
 
 @feedback.delete("/feedback/{id}")

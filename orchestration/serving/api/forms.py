@@ -1,5 +1,8 @@
 """What clients send, as OpenAI's API has it. Fields that are not known are accepted and ignored; known ones that cannot be served are
-refused by name (`refuse_unsupported`)."""
+refused by name (`refuse_unsupported`).
+
+Every list has a longest length, and every text too but for those that `serving.limits.characters` counts. With an error for each wrong
+entry of its lists, one body took seconds to refuse: the first is enough (`listed`)."""
 
 from __future__ import annotations
 
@@ -7,7 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from conf.serving import MOST_CHOICES, MOST_MESSAGES
 from orchestration.serving.errors import unsupported
+
+MOST_LIKELIEST = 20
+"""Alternatives at each token of a reply."""
+MOST_IDS = 2**20
+"""Token ids of one prompt: the context decides, and the body's size."""
 
 
 def _encodable(text: str) -> str:
@@ -19,48 +28,61 @@ def _encodable(text: str) -> str:
     return text
 
 
+def listed(most: int, least: int = 0) -> Any:
+    """A list's length, in a form: no entry is looked at after the first wrong one."""
+    return Field(min_length=least, max_length=most, fail_fast=True)
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
+Short = Annotated[Text, Field(max_length=256)]
 Name = Annotated[Text, Field(min_length=1, max_length=256)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-Choices = Annotated[int, Field(ge=1, le=128)]
+Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
-Stop = Text | Annotated[list[Text], Field(max_length=16)] | None
+Ids = Annotated[list[Annotated[int, Field(ge=-(2**31), lt=2**31)]], listed(MOST_IDS, least=1)]
+Stop = Short | Annotated[list[Short], listed(16)] | None
+"""Each is looked for at every piece of a reply, and as much text as it has is held back."""
 
 
 class Form(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class TextPart(Form):
-    type: Literal["text", "refusal"]
+class Part(Form):
+    """A part of a message. One form for all types: of a union each would be tried."""
+
+    type: Short
     text: Text = ""
 
-
-class OtherPart(Form):
-    type: Text
+    @property
+    def is_text(self) -> bool:
+        return self.type in ("text", "refusal")
 
 
 class CalledFunction(Form):
     name: Name
-    arguments: Text = "{}"
+    arguments: Annotated[Text, Field(max_length=2**16)] = "{}"
 
 
 class ToolCall(Form):
-    id: Text = ""
+    id: Short = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
 class ChatMessage(Form):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart | OtherPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: Text | Annotated[list[Part], listed(1024)] | None = None
+    tool_calls: Annotated[list[ToolCall], listed(128)] | None = None
+
+
+Messages = Annotated[list[ChatMessage], listed(MOST_MESSAGES, least=1)]
 
 
 class Function(Form):
-    name: Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    name: Annotated[Text, Field(max_length=128, pattern=r"^[a-zA-Z0-9_.-]+$")]
 
 
 class Tool(Form):
@@ -95,28 +117,26 @@ class ConversationRef(Form):
 
 
 class ChatForm(Generating):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Text | dict[str, Any] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    tools: Annotated[list[Tool], listed(128)] | None = None
+    tool_choice: Short | dict[str, Any] | None = None
     conversation: Name | ConversationRef | None = None
 
 
 class CompletionForm(Generating):
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)] | Annotated[
-        list[list[int]], Field(min_length=1)
-    ]  # fmt: skip
+    prompt: Text | Annotated[list[Text], listed(MOST_CHOICES, least=1)] | Ids | Annotated[list[Ids], listed(MOST_CHOICES, least=1)]
     max_tokens: Tokens | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
     echo: bool | None = False
 
 
 class ModerationForm(Form):
-    input: Text | Annotated[list[Text | TextPart | OtherPart], Field(min_length=1, max_length=256)]
-    model: Text | None = None
+    input: Text | Annotated[list[Text | Part], listed(256, least=1)]
+    model: Short | None = None
 
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {

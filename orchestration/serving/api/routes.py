@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import Field
 
 from orchestration.serving.api import chat, completions
-from orchestration.serving.api.bodies import new_id
-from orchestration.serving.api.forms import ChatForm, CompletionForm, Form, ModerationForm, Text, TextPart
+from orchestration.serving.api.bodies import answer, new_id
+from orchestration.serving.api.forms import ChatForm, CompletionForm, Form, ModerationForm, Text
 from orchestration.serving.api.sharing import After, Asking, Identifier, PageSize, Serving, router
 from orchestration.serving.api.streaming import begun, while_there
 from orchestration.serving.errors import refused, unsupported
@@ -33,7 +33,7 @@ async def chat_completions(form: ChatForm, request: Request, service: Serving, o
         asked = await chat.ask(service, owner, form)
         if form.stream:
             return await while_there(request, begun(counted(chat.stream(service, asked), work.pop_all())))
-        return JSONResponse(await while_there(request, chat.complete(service, asked)))
+        return await answer(await while_there(request, chat.complete(service, asked)))
 
 
 @v1.post("/completions", responses=STREAMED)
@@ -43,7 +43,7 @@ async def text_completions(form: CompletionForm, request: Request, service: Serv
         asked = await completions.ask(service, owner, form)
         if form.stream:
             return await while_there(request, begun(counted(completions.stream(service, asked), work.pop_all())))
-        return JSONResponse(await while_there(request, completions.complete(service, asked)))
+        return await answer(await while_there(request, completions.complete(service, asked)))
 
 
 async def counted(events: AsyncIterator[bytes], work: contextlib.ExitStack) -> AsyncIterator[bytes]:
@@ -71,17 +71,16 @@ def model_body(model: ServedModel) -> dict[str, Any]:
 
 
 @v1.post("/moderations")
-async def moderations(form: ModerationForm, service: Serving) -> dict[str, Any]:
+async def moderations(form: ModerationForm, service: Serving) -> Any:
     if not service.judge.on:
         raise refused("This server moderates nothing (serving.moderation).", "model", "moderation_off")
     given = [form.input] if isinstance(form.input, str) else form.input
     texts = []
     for part in given:
-        if not isinstance(part, str | TextPart):
+        if not isinstance(part, str) and not part.is_text:
             raise unsupported("input", f"parts of type {part.type!r:.40} are not supported by this server; only text is")
         texts.append(part if isinstance(part, str) else part.text)
-    if sum(map(len, texts)) > service.settings.limits.characters:
-        raise refused(f"input: more than {service.settings.limits.characters} characters", "input")
+    await service.aside(sum(map(len, texts)), chat.check_texts, service, texts, "input")
     results = []
     for scores in await service.judge.scores(texts):
         verdict = decide(scores, service.judge.thresholds)
@@ -90,7 +89,7 @@ async def moderations(form: ModerationForm, service: Serving) -> dict[str, Any]:
             "flagged": bool(verdict.categories), "categories": categories, "category_scores": scores,
             "category_applied_input_types": {name: ["text"] for name in scores}, "action": verdict.action,
         })  # fmt: skip
-    return {"id": new_id("modr"), "model": service.judge.name, "results": results}
+    return await answer({"id": new_id("modr"), "model": service.judge.name, "results": results})
 
 
 class NewConversation(Form):
@@ -104,16 +103,16 @@ async def new_conversation(form: NewConversation, service: Serving, owner: Askin
 
 
 @v1.get("/conversations")
-async def conversations(service: Serving, owner: Asking, limit: PageSize = 50, after: After = None) -> dict[str, Any]:
+async def conversations(service: Serving, owner: Asking, limit: PageSize = 50, after: After = None) -> Any:
     found = await service.stored(service.store.conversations, owner.id, limit, after)
-    return {"object": "list", "data": [conversation_body(one) for one in found]}
+    return await answer({"object": "list", "data": [conversation_body(one) for one in found]})
 
 
 @v1.get("/conversations/{id}")
-async def conversation(id: Identifier, service: Serving, owner: Asking) -> dict[str, Any]:
+async def conversation(id: Identifier, service: Serving, owner: Asking) -> Any:
     found = await service.stored(service.store.conversation, owner.id, id)
     kept = await service.stored(service.store.messages, owner.id, id)
-    return conversation_body(found) | {"messages": [message_body(message) for message in kept]}
+    return await answer(conversation_body(found) | {"messages": [message_body(message) for message in kept]})
 
 
 class ConversationChange(Form):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.security import HTTPBearer
 
 from orchestration.serving.api.forms import Text
+from orchestration.serving.api.reading import Route
 from orchestration.serving.keys import Owner
 from orchestration.serving.service import Service
 
@@ -32,7 +33,7 @@ After = Annotated[Text | None, Query(max_length=256)]
 
 def router() -> APIRouter:
     """For endpoints below `/v1`."""
-    return APIRouter(prefix="/v1", responses=ERRORS, dependencies=[Depends(bearer)])
+    return APIRouter(prefix="/v1", route_class=Route, responses=ERRORS, dependencies=[Depends(bearer)])
 
 
 # `async` though they wait for nothing: FastAPI hands plain functions to a thread, two of them for each request
