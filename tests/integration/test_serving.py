@@ -128,6 +128,36 @@ def test_more_than_fits_is_503_with_a_time_to_wait(service: Served) -> None:
     assert all(answer.json()["error"]["code"] == "overloaded" and answer.headers["retry-after"] for answer in refused)
 
 
+def test_clients_that_leave_take_nobody_with_them(service: Served) -> None:
+    """Streams that are dropped at all stages, their moderation among them, and requests that come right behind them."""
+
+    async def scenario() -> list[int]:
+        body = {"model": "tiny", "messages": ASK, "max_tokens": 60, "temperature": 1}
+        limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
+        async with httpx.AsyncClient(
+            base_url=service.url, timeout=15, limits=limits, headers={"authorization": f"Bearer {service.key}"}
+        ) as asked:
+
+            async def dropped(seconds: float) -> None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await asked.post("/v1/chat/completions", json=body | {"stream": True})
+
+            async def answered() -> int:
+                while (found := await asked.post("/v1/chat/completions", json=body | {"max_tokens": 4})).status_code == 503:
+                    assert found.json()["error"]["code"] == "overloaded"  # those who left still have their places, for a moment
+                    await asyncio.sleep(0.05)
+                return found.status_code
+
+            statuses = []
+            for _ in range(3):
+                await asyncio.gather(*(dropped(0.003 * number) for number in range(1, 33)))
+                statuses += await asyncio.gather(*(answered() for _ in range(8)))
+            return statuses
+
+    assert asyncio.run(scenario()) == [200] * 24
+
+
 def test_conversations_live_in_the_store(service: Served) -> None:
     with httpx.Client(base_url=service.url, headers={"authorization": f"Bearer {service.key}"}, timeout=60) as asked:
         name = asked.post("/v1/conversations", json={"title": "cats"}).json()["id"]
