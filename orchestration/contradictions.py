@@ -227,6 +227,12 @@ def _offloading(config: Config) -> Iterable[str]:
             )
         if place == "nvme" and engine.nvme_path is None:
             yield f"engine.{name}=nvme: engine.nvme_path=null names no folder for its files; name one on a fast local disk of every node"
+    if wanted["offload_parameters"] != "none" and config.placement.sleep and _runs(config, "ppo"):
+        yield (
+            f"engine.offload_parameters={wanted['offload_parameters']}: DeepSpeed moves nothing of a model whose parameters are offloaded, "
+            "and roles that take turns (placement.sleep=true) must leave their device; set engine.offload_parameters=none (asleep, "
+            "parameters rest in host memory anyhow), or placement.sleep=false"
+        )
 
 
 def _features(config: Config) -> Iterable[str]:

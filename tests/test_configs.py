@@ -60,6 +60,16 @@ def test_every_choice_of_every_group_composes(group: str, name: str, files: str)
     assert holds(chosen, given)
 
 
+def test_every_scale_and_experiment_can_work_in_turns(files: str) -> None:
+    """What is offloaded in a preset may be offloaded where all roles share the GPUs and sleep."""
+    scales = [["experiment=smoke", f"scale={file.stem}"] for file in sorted((FOLDER / "scale").glob("*.yaml"))]
+    for words in (*scales, *(overrides_for(experiment, files) for experiment in EXPERIMENTS)):
+        config = configuration.load([*words, "placement=colocated"], consistent=False)
+        assert config.placement.sleep
+        refused = [text for text in configuration.contradictions(config) if "offload" in text or "placement.sleep" in text]
+        assert refused == [], words
+
+
 def holds(chosen: Any, given: Any) -> bool:
     """Whether everything that a file gives, but for interpolations, stands in what was chosen."""
     if isinstance(given, dict):

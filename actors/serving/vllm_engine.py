@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from actors.devices import own_device
-from actors.rollout_vllm import ENVIRONMENT, eager_torch, know_architecture, memory_of
+from actors.rollout_vllm import ENVIRONMENT, check_build, eager_torch, know_architecture, memory_of
 from actors.serving.protocol import Delta, Drawing, Finish, Request
 from conf.serving import ServingEngine
 
@@ -84,7 +84,7 @@ def load(path: str, end: int, settings: ServingEngine) -> VLLMStepEngine:
     """A checkpoint in vLLM.
 
     Raises:
-        RuntimeError: vllm is not installed on this machine.
+        RuntimeError: vllm is not installed on this machine, or wants a GPU where none was given.
     """
     try:
         from vllm.engine.arg_utils import EngineArgs
@@ -95,6 +95,7 @@ def load(path: str, end: int, settings: ServingEngine) -> VLLMStepEngine:
         ) from cause
     os.environ.update(ENVIRONMENT)
     on_gpu = own_device().type == "cuda"
+    check_build(on_gpu, "serving.engines.gpus")
     eager = not on_gpu if settings.eager is None else settings.eager
     memory = memory_of(path, on_gpu, settings.gpu_memory, settings.cpu_cache_gib)
     know_architecture(path)

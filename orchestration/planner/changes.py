@@ -100,13 +100,15 @@ def _engines(config: Config, nodes: Sequence[Node]) -> Iterator[Change]:
 
 
 def _offloaded(config: Config) -> Iterator[Change]:
-    for what, places in (("offload_optimizer", ("cpu", "nvme")), ("offload_parameters", ("cpu", "nvme"))):
-        for where in places:
+    for what in ("offload_optimizer", "offload_parameters"):
+        for where in ("cpu", "nvme"):
             values: dict[str, Any] = {f"engine.{what}": where}
             if config.zero_stage() < 3:
                 values["engine.zero_stage"] = 3
             if where == "nvme" and config.engine.nvme_path is None:
                 values["engine.nvme_path"] = NVME
+            if what == "offload_parameters" and config.placement.sleep:  # the two contradict each other
+                values["placement.sleep"] = False
             if getattr(config, what)() not in (where, "nvme"):
                 yield _set(what, values)
 

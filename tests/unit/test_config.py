@@ -334,6 +334,21 @@ def test_offloading_what_the_stage_does_not_cut_up_is_refused(overrides: tuple[s
     assert any(said in mistake for mistake in found.value.mistakes)
 
 
+TURNS = ("placement=colocated", "placement.devices=2", "engine.zero_stage=3")
+
+
+@pytest.mark.parametrize("where", ["cpu", "nvme"])
+@pytest.mark.parametrize("setting", ["engine.offload_parameters", "scale.offload_parameters"])
+def test_roles_that_sleep_may_not_offload_parameters(setting: str, where: str, tmp_path: Path) -> None:
+    """Of such a model DeepSpeed moves nothing."""
+    given = (*TURNS, f"{setting}={where}", f"engine.nvme_path={tmp_path}")
+    (said,) = mistakes(*given)
+    assert said.startswith(f"engine.offload_parameters={where}: ") and "set engine.offload_parameters=none" in said
+    assert "placement.sleep=false" in said
+    for better in ("placement.sleep=false", "engine.offload_parameters=none", "stage=sft"):
+        configuration.load(["experiment=smoke", *given, better], tmp_path)
+
+
 def test_offloading_that_goes_together_is_accepted(tmp_path: Path) -> None:
     given = ("engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.offload_parameters=cpu", f"engine.nvme_path={tmp_path}")
     assert configuration.load(["experiment=smoke", *given], tmp_path).offload_parameters() == "cpu"

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from actors.policy import Policy
 from actors.reference import Reference
 from actors.reward import Reward
 from actors.rollout import Rollout
+from actors.rollout_vllm import check_build
 from actors.routes import endpoint
 from actors.serving.transformers_engine import load as load_served
 from actors.worker import RankSpec, Worker, process_group_of_one
@@ -203,6 +205,17 @@ def test_replicas_without_gpus_see_none(name: str, gpus: float) -> None:
     assert options.get("runtime_env", {"env_vars": {}})["env_vars"] == (
         {} if gpus else {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     )
+
+
+@pytest.mark.parametrize(("built_for_cpu", "on_gpu", "works"), [(True, False, True), (False, True, True), (False, False, False)])
+def test_a_vllm_that_wants_a_gpu_is_not_started_without(
+    built_for_cpu: bool, on_gpu: bool, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = SimpleNamespace(is_cpu=lambda: built_for_cpu)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    with nullcontext() if works else pytest.raises(RuntimeError, match=r"^serving.engines.gpus=0: .*set serving.engines.gpus=1, or"):
+        check_build(on_gpu, "serving.engines.gpus")
 
 
 def test_ranks_without_gpus_see_none_and_others_keep_what_ray_gave_them() -> None:

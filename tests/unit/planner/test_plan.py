@@ -13,6 +13,7 @@ from orchestration import cli
 from orchestration import config as configuration
 from orchestration.errors import RequestError
 from orchestration.planner import machines
+from orchestration.planner.changes import changes, combined
 from orchestration.planner.choices import settled
 from orchestration.planner.plan import as_dict, plan
 from orchestration.planner.remedies import with_remedies
@@ -70,6 +71,25 @@ def test_remedies_are_changes_that_really_fit() -> None:
     assert found.remedies
     for remedy in found.remedies:
         assert planned(*words, *remedy.changes).fits, remedy.changes
+
+
+def test_a_remedy_is_nothing_that_a_run_would_refuse() -> None:
+    """Weights that rest in host memory would make it fit; while roles sleep, DeepSpeed cannot do that."""
+    words = [
+        "scale=30b", *COLOCATED, "cluster.gpu_memory_gib=16", "cluster.host_memory_gib=8000", "engine.offload_optimizer=cpu",
+        "placement.rollout.tensor_parallel=8", "placement.rollout.ranks=1", "engine.micro_batch=1", "engine.rollout_batch=1",
+    ]  # fmt: skip
+    config = load(*words)
+    choices = changes(config, laptop(config))
+    assert "offload_parameters" in choices
+    for change in (change for family in choices.values() for change in family):
+        tried, _ = combined(config, [change])
+        assert tried.offload_parameters() == "none" or not tried.placement.sleep, change.words
+    found = with_remedies(config, plan(config, laptop(config), timed=False))
+    assert not found.fits and found.remedies
+    for remedy in found.remedies:
+        again = load(*words, *remedy.changes)
+        assert again.offload_parameters() == "none" or not again.placement.sleep, remedy.changes
 
 
 REFUSED = {
