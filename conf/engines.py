@@ -12,7 +12,7 @@ from conf.settings import Count, Positive, Settings
 
 @dataclass(frozen=True)
 class TransformersRollout(Settings):
-    """transformers with a key-value cache: no further package, every model. `engine.rollout_batch` says how many replies at once."""
+    """transformers with a key-value cache: no further package. `engine.rollout_batch` says how many replies at once."""
 
     engine: Literal["transformers"]
     """Chosen by `rollout=transformers`."""

@@ -18,7 +18,7 @@ class Moderation(Settings):
     """The moderator, and its thresholds."""
 
     kind: Literal["off", "trained", "huggingface", "openai"] = "trained"
-    """`trained`: a classifier that `chatray moderation train` wrote, or the one that chatray comes with. `huggingface`: any model for text
+    """`trained`: a classifier that `chatray moderation train` wrote, or the one that chatray comes with. `huggingface`: a model for text
     classification. `openai`: a service with OpenAI's `/v1/moderations`. `off`: nothing is moderated."""
     path: str | None = None
     """trained: the model's file; null takes the one that chatray comes with. huggingface: a folder, or a name on the hub."""

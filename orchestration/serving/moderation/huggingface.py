@@ -1,4 +1,4 @@
-"""Any Hugging Face text-classification model as a moderator.
+"""A Hugging Face text-classification model as a moderator.
 
 A model that says of itself that it is `multi_label_classification`, or that has one label, gives each label its own sigmoid; the others
 give a softmax over all labels, as transformers' own pipeline does. A text longer than the window is scored in windows that overlap by an
