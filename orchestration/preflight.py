@@ -150,6 +150,8 @@ def machines(config: Config, seen: Survey) -> Iterator[Finding]:
     yield from _devices(seen)
     if "nvme" in (config.offload_optimizer(), config.offload_parameters()):
         yield from _async_io(config, seen)
+    if config.ray.address:
+        yield from _exposure(config, seen)
     if len(seen.machines) > 1:
         yield from _storage(config, seen)
         yield from _differences(seen)
@@ -214,6 +216,25 @@ def _devices(seen: Survey) -> Iterator[Finding]:
                 "of their memory; see `nvidia-smi` there",
                 grave=False,
             )
+
+
+CLOSE = (
+    "start Ray with RAY_AUTH_MODE=token, and with RAY_USE_TLS=1 and its certificates where others see the network; or keep others out with "
+    "a firewall (cluster/README.md, Who reaches a cluster)"
+)
+
+
+def _exposure(config: Config, seen: Survey) -> Iterator[Finding]:
+    """Nodes whose Ray runs what anybody sends it."""
+    open_to_all = [machine for machine in seen.machines if machine.exposure.ports and not (machine.exposure.token or machine.exposure.tls)]
+    if not open_to_all:
+        return
+    example = f"{open_to_all[0].node.name}: {named(open_to_all[0].exposure.ports)}"
+    yield Finding(
+        f"ray.address={config.ray.address}: the Ray of {len(open_to_all)} of {len(seen.machines)} nodes asks nobody for a token: whoever "
+        f"reaches it runs code there and reads what the run computes ({example}); {CLOSE}",
+        grave=False,
+    )
 
 
 def _storage(config: Config, seen: Survey) -> Iterator[Finding]:
