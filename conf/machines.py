@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from conf.settings import Count, NotNegative, Positive, Settings, Whole
+
+
+def _of_a_cluster(address: str) -> str:
+    """Ray itself takes "local" for a new cluster, which would be open to the network and end with nobody."""
+    if address.strip().lower() in ("local", ""):
+        raise ValueError("no address of a running cluster; leave ray.address out, and a cluster of this machine is started")
+    return address
 
 
 @dataclass(frozen=True)
@@ -62,8 +71,9 @@ class Placement(Settings):
 class Ray(Settings):
     """The Ray cluster."""
 
-    address: str | None
-    """A running cluster's address; null starts one in this machine and stops it at the end."""
+    address: Annotated[str, AfterValidator(_of_a_cluster)] | None
+    """A running cluster's address (`auto`: the one of this machine); null starts one in this machine, for this user alone, and stops it at
+    the end."""
     object_store_mb: Count
     """Object store of a cluster started here, in MiB."""
 
