@@ -206,6 +206,33 @@ def test_a_conversation_is_found_again_and_deleted(open_site: Site, page: Page) 
     assert name not in {one.id for one in open_site.service.store.conversations(LOCAL, 200)}
 
 
+def test_long_conversations_and_lists_are_shown_a_part_at_a_time(open_site: Site, page: Page) -> None:
+    store = open_site.service.store
+    for number in range(35):
+        name = store.new_conversation(LOCAL, title=f"conversation {number}").id
+    for number in range(25):
+        store.add_message(LOCAL, name, "user", f"message {number}")
+        store.add_message(LOCAL, name, "assistant", f"answer {number}", model="tiny")
+    page.goto(f"{open_site.url}/c/{name}")
+    said, earlier = page.locator("section.turn .bubble"), page.get_by_role("button", name="Earlier messages")
+    for first in (15, 5, 0):
+        expect(said).to_have_text([f"message {number}" for number in range(first, 25)])
+        if first:
+            earlier.click()
+    expect(earlier).not_to_be_visible()
+    say(page, "one more")
+    expect(said).to_have_count(26)
+    listed = page.locator(".item-open")
+    expect(listed).to_have_count(30)
+    page.get_by_role("button", name="Earlier", exact=True).click()
+    expect(listed.first).to_have_text("conversation 4")
+    page.get_by_role("button", name="Newest", exact=True).click()
+    expect(listed.first).to_have_text("conversation 34")
+    for number, one in enumerate(store.conversations(LOCAL, 200)):
+        if number:
+            store.delete_conversation(LOCAL, one.id)
+
+
 def test_a_page_loaded_again_stops_and_shows_what_was_being_written(open_site: Site, page: Page) -> None:
     begin(page, "long")
     page.reload()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,13 +13,24 @@ from orchestration.serving.api import chat
 from orchestration.serving.api.forms import ChatForm
 from orchestration.serving.errors import ApiError, refused
 from orchestration.serving.keys import Owner
+from orchestration.serving.page.rendering import rendered
 from orchestration.serving.page.turns import STOPPED, Answer, Turn, prompt_of, turns_of
 from orchestration.serving.service import Service
 from orchestration.serving.store.records import Conversation, digest_of
 from orchestration.serving.writing import interleaved, jobs
 
-LISTED = 200
-"""Conversations in the list."""
+RENDERING = 8
+"""A character of markdown takes as long as so many of other texts."""
+LISTED = 30
+"""Conversations in the list at a time: to draw one takes 2 ms, in which nobody else is served."""
+
+
+def _recall(turns: list[Turn], given: dict[tuple[str, str], str], thumbs: dict[str, str]) -> None:
+    """Note what the owner thought of the answers: by the digest of what each answers, and its text."""
+    for turn in turns:
+        if turn.answer:
+            turn.answer.recorded = given.get((digest_of(prompt_of(turns, turn)), turn.answer.text))
+            turn.answer.thumb = thumbs.get(turn.answer.recorded or "")
 
 
 class Backend:
@@ -41,8 +52,13 @@ class Backend:
     def models(self) -> list[str]:
         return list(self.service.models)
 
-    async def conversations(self) -> list[Conversation]:
-        return await self.service.stored(self.service.store.conversations, self.owner.id, LISTED)
+    async def conversations(self, after: str | None = None) -> list[Conversation]:
+        return await self.service.stored(self.service.store.conversations, self.owner.id, LISTED, after)
+
+    async def rendered(self, turns: Sequence[Turn]) -> None:
+        """Make the HTML of these turns' answers, so that it is there when they are drawn."""
+        texts = [answer.text for turn in turns for answer in turn.answers]
+        await self.service.aside(RENDERING * sum(map(len, texts)), lambda: [rendered(text) for text in texts])
 
     async def new_conversation(self, title: str, consent: bool) -> Conversation:
         return await self.service.stored(self.service.store.new_conversation, self.owner.id, title=title, consent=consent)
@@ -53,14 +69,11 @@ class Backend:
         found = await self.service.stored(store.conversation, owner, name)
         turns = turns_of(await self.service.stored(store.messages, owner, name))
         given = {(digest, text): answer for answer, digest, text in await self.service.stored(store.given, owner, name)}
-        thumbs: dict[str, str] = {}
         if given:
             thoughts = await self.service.stored(store.feedback, owner, list(given.values()))
             thumbs = {thought.answers[0]: thought.value for thought in thoughts if thought.kind == "thumbs"}
-        for turn in turns:
-            if turn.answer:
-                turn.answer.recorded = given.get((digest_of(prompt_of(turns, turn)), turn.answer.text))
-                turn.answer.thumb = thumbs.get(turn.answer.recorded or "")
+            size = len(turns) * sum(len(turn.text) + len(turn.answer.text if turn.answer else "") for turn in turns)
+            await self.service.aside(size, _recall, turns, given, thumbs)
         return found, turns
 
     async def delete_conversation(self, name: str) -> None:

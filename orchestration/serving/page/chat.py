@@ -17,7 +17,7 @@ from starlette.requests import Request
 from orchestration.serving.errors import ApiError, failed
 from orchestration.serving.keys import Owner
 from orchestration.serving.page import notes
-from orchestration.serving.page.backend import Backend
+from orchestration.serving.page.backend import LISTED, Backend
 from orchestration.serving.page.controls import note
 from orchestration.serving.page.layout import Actions, Layout
 from orchestration.serving.page.listing import Listing
@@ -30,6 +30,8 @@ from orchestration.serving.page.writing import Writing, settled
 from orchestration.serving.store.records import Conversation
 
 logger = logging.getLogger("chatray.serving")
+SHOWN = 10
+"""Turns that are put on the page at a time: to draw one takes 6 ms, in which nobody else is served."""
 CONSENT = "chatray_consent"
 """Cookie with the box's state, for conversations to come."""
 
@@ -44,6 +46,10 @@ class ChatPage:
         self.conversation: Conversation | None = None
         self.turns: list[Turn] = []
         self.views: list[TurnView] = []
+        self.first = 0
+        """The first of the turns that is on the page."""
+        self.listed: str | None = None
+        """The conversation behind which the list begins; None: it begins with the newest."""
         self.writing: Writing | None = None
         self.count = 1
         """Answers to ask for: 2, to have one chosen."""
@@ -55,7 +61,7 @@ class ChatPage:
             ui.navigate.to("/")
 
         leave = sign_out if sessions.needs_key else None
-        actions = Actions(self.send, self.stop, self.new, self.consent, self.compare_mode, leave)
+        actions = Actions(self.send, self.stop, self.new, self.consent, self.compare_mode, self.earlier, leave)
         self.layout = Layout(Theme(request), self.backend.models, actions, owner.name, self.agreed)
         self.listing = Listing(self.layout.list, self.open, self.delete)
         self.turn_actions = TurnActions(self.edit, self.regenerate, self.thumb, self.comment, self.choose, self.judge_again)
@@ -103,6 +109,8 @@ class ChatPage:
 
     async def _load(self, name: str) -> None:
         self.conversation, self.turns = await self.backend.conversation(name)
+        self.first = max(0, len(self.turns) - SHOWN)
+        await self.backend.rendered(self.turns[self.first :])
         self._show_consent(self.conversation.consent)
 
     async def open(self, name: str) -> None:
@@ -119,7 +127,7 @@ class ChatPage:
     async def new(self) -> None:
         """An empty page; the conversation is made with its first message."""
         self.stop()
-        self.conversation, self.turns = None, []
+        self.conversation, self.turns, self.first = None, [], 0
         self.tell(None)
         self._address("push", "/")
         await self.refresh_list()
@@ -131,16 +139,26 @@ class ChatPage:
         if self.conversation and self.conversation.id == name:
             self.stop()
             await self._settled(name)
+        self.listed = None if self.listed == name else self.listed
         if await self._guarded(self.backend.delete_conversation(name)) and self.conversation and self.conversation.id == name:
             await self.new()
         await self.refresh_list()
 
     async def refresh_list(self) -> None:
         async def work() -> None:
-            self.listing.show(await self.backend.conversations(), self.conversation.id if self.conversation else None)
+            found = await self.backend.conversations(self.listed)
+            steps = [("Newest", lambda: self.list_from(None))] if self.listed else []
+            if len(found) == LISTED:
+                steps.append(("Earlier", lambda: self.list_from(found[-1].id)))
+            self.listing.show(found, self.conversation.id if self.conversation else None, steps)
 
         if not self.client.is_deleted:
             await self._guarded(work())
+
+    async def list_from(self, after: str | None) -> None:
+        """Show another part of the list."""
+        self.listed = after
+        await self.refresh_list()
 
     def _close_drawer(self) -> None:
         self.client.run_javascript("chatray.closeDrawer()")
@@ -171,23 +189,40 @@ class ChatPage:
         """Show the conversation as it is now; turns that are on the page already stay as they are."""
         if self.client.is_deleted:
             return
-        same = 0
-        while same < min(len(self.views), len(self.turns)) and self.views[same].turn is self.turns[same]:
+        same, shown = 0, self.turns[self.first :]
+        while same < min(len(self.views), len(shown)) and self.views[same].turn is shown[same]:
             same += 1
         for view in self.views[same:]:
             view.place.delete()
         with self.layout.turns:
-            self.views[same:] = [TurnView(turn, self.turn_actions) for turn in self.turns[same:]]
+            self.views[same:] = [TurnView(turn, self.turn_actions) for turn in shown[same:]]
         for number, view in enumerate(self.views):
             last = number == len(self.views) - 1
             if number >= same or view.last != last:
                 view.show(last=last)
         self.layout.empty.set_visibility(not self.turns)
+        self.layout.earlier.set_visibility(self.first > 0)
         title = self.conversation.title if self.conversation else ""
         with self.client:
             ui.page_title(f"{title} – chatray" if title else "chatray")
 
-    def _redraw(self, turn: Turn) -> None:
+    async def earlier(self) -> None:
+        """Show some of the turns before those that are on the page."""
+        turns, until = self.turns, self.first
+        first = max(0, until - SHOWN)
+        await self.backend.rendered(turns[first:until])
+        if self.turns is not turns or self.first != until or self.client.is_deleted:
+            return
+        with self.layout.turns:
+            views = [TurnView(turn, self.turn_actions) for turn in turns[first:until]]
+        for place, view in enumerate(views):
+            view.show(last=False)
+            view.place.move(target_index=place)
+        self.views[:0], self.first = views, first
+        self.layout.earlier.set_visibility(first > 0)
+
+    async def _redraw(self, turn: Turn) -> None:
+        await self._guarded(self.backend.rendered([turn]))
         for view in self.views:
             if view.turn is turn:
                 view.show(last=view.last)
@@ -245,6 +280,7 @@ class ChatPage:
                 await self._begin(turn)
             assert self.conversation is not None
             await writing.run(self.conversation.id, view)
+            await self.backend.rendered([turn])
             if earlier and turn.answer and len(turn.answers) == 1 and turn.answer.text != earlier.text:
                 turn.answer.earlier = earlier
             view.error = writing.error
@@ -257,10 +293,10 @@ class ChatPage:
             self.writing = None
         if not turn.answers:
             await self._undo(turn, was, fresh)
-        self._ended(turn)
+        await self._ended(turn)
 
     async def _begin(self, turn: Turn) -> None:
-        self.conversation = await self.backend.new_conversation(title_of(turn.text), self.agreed)
+        self.conversation, self.listed = await self.backend.new_conversation(title_of(turn.text), self.agreed), None
         self._address("replace", f"/c/{self.conversation.id}")
         await self.refresh_list()
 
@@ -275,12 +311,12 @@ class ChatPage:
         if not self.client.is_deleted and not self.layout.text.value and turn.text not in [one.text for one in was]:
             self.layout.text.set_value(turn.text)
 
-    def _ended(self, turn: Turn) -> None:
+    async def _ended(self, turn: Turn) -> None:
         if self.client.is_deleted:
             return
         self.layout.busy(False)
         self.draw()
-        self._redraw(turn)
+        await self._redraw(turn)
         self.layout.focus()
         answer = turn.answer
         self.announce(notes.of_end(answer) or notes.of_output(answer) or "The answer is complete." if answer else "Nothing was written.")
@@ -289,7 +325,7 @@ class ChatPage:
 
     async def thumb(self, turn: Turn, answer: Answer, value: str) -> None:
         if self.conversation and await self._guarded(self.thoughts.thumb(self.conversation.id, self.turns, turn, answer, value)):
-            self._redraw(turn)
+            await self._redraw(turn)
             self.announce("Thank you." if answer.thumb else "Your thumb was taken back.")
 
     async def comment(self, turn: Turn, answer: Answer) -> None:
@@ -314,7 +350,7 @@ class ChatPage:
 
         if await self._guarded(work()):
             turn.answers = [second if better is second else first]
-            self._redraw(turn)
+            await self._redraw(turn)
             self.announce("Thank you. Your choice was kept.")
 
     async def judge_again(self, turn: Turn, value: str) -> None:
@@ -325,5 +361,5 @@ class ChatPage:
         better: Callable[[], Answer | None] = lambda: {"better": answer, "worse": answer.earlier}.get(value)  # noqa: E731
         if await self._guarded(self.thoughts.prefer(self.conversation.id, self.turns, turn, (answer.earlier, answer), better())):
             answer.earlier = None
-            self._redraw(turn)
+            await self._redraw(turn)
             self.announce("Thank you.")

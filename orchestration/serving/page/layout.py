@@ -27,6 +27,7 @@ class Actions:
     new: Callable[[], Any]
     consent: Callable[[bool], Any]
     compare: Callable[[bool], Any]
+    earlier: Callable[[], Any]
     sign_out: Callable[[], Any] | None
 
 
@@ -44,6 +45,7 @@ class Layout:
                 ui.icon("forum").classes("empty-icon").props("aria-hidden=true")
                 ui.label("How can I help?").classes("empty-title").props('role="heading" aria-level="1"')
                 ui.label("Answers can be wrong. Check what matters.").classes("quiet")
+            self.earlier = text_button("Earlier messages", actions.earlier)
             self.turns = ui.element("div").classes("turns").props('role="log" aria-label="Conversation" aria-live="off"')
         self._composer()
         ui.on("chatray_stop", actions.stop)

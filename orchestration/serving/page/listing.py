@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from nicegui import ui
 
@@ -23,8 +24,12 @@ class Listing:
     def __init__(self, place: ui.element, open_: Callable[[str], Awaitable[None]], delete: Callable[[str], Awaitable[None]]) -> None:
         self.place, self.open, self.delete = place, open_, delete
 
-    def show(self, conversations: Sequence[Conversation], current: str | None) -> None:
-        """Draw the list anew."""
+    def show(self, conversations: Sequence[Conversation], current: str | None, steps: Sequence[tuple[str, Callable[[], Any]]] = ()) -> None:
+        """Draw the list anew.
+
+        Args:
+            steps: what leads to other parts of the list.
+        """
         self.place.clear()
         heading = ""
         with self.place:
@@ -35,6 +40,8 @@ class Listing:
                 self._item(conversation, conversation.id == current)
             if not conversations:
                 ui.label("Conversations appear here.").classes("quiet list-empty")
+            for label, step in steps:
+                text_button(label, step)
 
     def _item(self, conversation: Conversation, current: bool) -> None:
         title = conversation.title or "Untitled"

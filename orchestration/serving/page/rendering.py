@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+LONGEST = 30_000
+"""Characters of a text that is read as markdown, more than replies have: what is made to be hard to read takes seconds there. A longer one
+is shown as it is."""
 LONGEST_CODE = 20_000
 """Characters of a block of code that is coloured; a longer one is shown plain."""
 
@@ -46,6 +50,7 @@ def _parser() -> MarkdownIt:
 PARSER = _parser()
 
 
+@functools.lru_cache(maxsize=256)
 def rendered(text: str) -> str:
-    """HTML of markdown that may still be growing."""
-    return PARSER.render(text)
+    """HTML of markdown that may still be growing. Remembered, so that a thread can make it for the event loop (`Backend.rendered`)."""
+    return PARSER.render(text) if len(text) <= LONGEST else f"<pre>{_escaped(text)}</pre>"

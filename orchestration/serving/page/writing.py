@@ -71,6 +71,7 @@ class Writing:
             now = time.monotonic()
             if now - shown < max(PACE, 4 * took):
                 continue
+            await self.backend.rendered([self.turn])
             for number in waiting:
                 view.grow(self.turn.answers[number])
             waiting.clear()
