@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from actors.models import LanguageModel
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+README = " ".join((Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8").split())
 TOKENS, PROMPT = 10, 4
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -31,7 +31,7 @@ WINDOWED = ("recurrent_gemma",)
 
 def named(start: str, end: str) -> list[str]:
     """Names in backticks of the stretch of README.md between two phrases."""
-    found = re.search(f"{re.escape(start)}(.*?){re.escape(end)}", README, re.DOTALL)
+    found = re.search(f"{re.escape(start)}(.*?){re.escape(end)}", README)
     assert found, f"README.md says nothing between {start!r} and {end!r}"
     return [name for name in re.findall(r"`(\w+)`", found[1]) if name in CONFIG_MAPPING]
 
