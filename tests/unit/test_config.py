@@ -104,7 +104,15 @@ WRONG_RANGE = (
     "engine.zero_stage=4",
     "sft.dropout=1.0",
 )
-WRONG_CHOICE = ("runtime=slurm", "model.dtype=fp16", "from=serve", "data.kind=files", "labeler.kind=people", "ppo.kl.controller=none")
+WRONG_CHOICE = (
+    "ray.address=local",
+    "runtime=slurm",
+    "model.dtype=fp16",
+    "from=serve",
+    "data.kind=files",
+    "labeler.kind=people",
+    "ppo.kl.controller=none",
+)
 
 
 @pytest.mark.parametrize("override", [*WRONG_TYPE, *WRONG_RANGE, *WRONG_CHOICE])
