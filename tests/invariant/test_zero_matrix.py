@@ -21,6 +21,7 @@ from actors.reference import Reference
 from actors.worker import RankSpec
 from conf.schema import Config
 from tests.fakes import END, PAD, VOCABULARY, dialogues, floats, learned, rollouts, smoke, with_section
+from tests.pretended_gpu import sleep_and_wake
 
 ROWS, STEPS = 8, 3
 FIGURES = {"policy_loss", "value_loss", "kl", "update_kl", "policy_grad_norm", "critic_grad_norm", "clip_share", "entropy", "score"}
@@ -57,9 +58,14 @@ def saved_models(folder: Path, shape: Sequence[str] = SMALL) -> Path:
 
 
 def learn(
-    rank: int, ranks: int, stage: int, offload: bool, models: Path, shape: Sequence[str] = SMALL, more: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Figures of each step, the policy's and the critic's weights after the last, and how many files hold parts of them meanwhile."""
+    rank: int, ranks: int, stage: int, offload: bool, models: Path, shape: Sequence[str] = SMALL, more: Sequence[str] = (),
+    sleeps: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of each step, the policy's and the critic's weights after the last, and how many files hold parts of them meanwhile.
+
+    Args:
+        sleeps: between steps every role leaves a pretended GPU to others.
+    """
     of = config(stage, offload, shape, more)
     policy = Policy(of, str(models / "lm"), RankSpec("policy", rank, ranks, 1))
     critic = Critic(of, str(models / "scalar"), RankSpec("critic", rank, ranks, 1))
@@ -76,6 +82,8 @@ def learn(
         found = policy.describe()
         texts = [dialogues(10 * step + epoch, ROWS).select(slice(rank, None, ranks)).trimmed() for epoch in range(of.ppo.epochs)]
         figures.append(found | policy.update(experience, texts, step) | critic.update(experience, step))
+        for role in (policy, critic, reference) if sleeps else ():
+            sleep_and_wake(role.engine)
     weights = {
         f"{name}.{key}": w.clone() for name, role in (("policy", policy), ("critic", critic)) for key, w in role.engine.weights().items()
     }
@@ -108,6 +116,22 @@ def test_three_ppo_steps_agree_with_stage_0_on_one_rank(
         for step, figures in enumerate(found["figures"]):
             assert learned(figures) == pytest.approx(learned(wanted["figures"][step]), **FIGURE), f"step {step}"
         for name, tensor in wanted["weights"].items():
+            torch.testing.assert_close(found["weights"][name], tensor, **WEIGHT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+ADAPTERS = ("lora.rank=2", "lora.roles=[policy,critic]")
+ASLEEP = [(stage, more) for stage in (3, 2) for more in ((), ("engine.offload_optimizer=cpu",), ADAPTERS)]
+
+
+@pytest.mark.parametrize(("stage", "more"), [cell if cell == (3, ()) else pytest.param(*cell, marks=pytest.mark.slow) for cell in ASLEEP])
+def test_ranks_that_sleep_between_steps_learn_what_others_do(
+    ranks, models: Path, wanted: dict[str, Any], stage: int, more: tuple[str, ...]
+) -> None:
+    awake = ranks(1).run(learn, 0, False, models, SMALL, more)[0] if more == ADAPTERS else wanted
+    for found in ranks(2).run(learn, stage, False, models, SMALL, more, True):
+        for step, figures in enumerate(found["figures"]):
+            assert learned(figures) == pytest.approx(learned(awake["figures"][step]), **FIGURE), f"step {step}"
+        for name, tensor in awake["weights"].items():
             torch.testing.assert_close(found["weights"][name], tensor, **WEIGHT, msg=lambda text, name=name: f"{name}: {text}")
 
 
