@@ -26,6 +26,7 @@ from orchestration.data.dialogues import Dialogue, Message
 from orchestration.serving.app import create_app
 from orchestration.serving.judging import in_process, nobody
 from orchestration.serving.keys import Keys, Owner, hashed
+from orchestration.serving.local import Connection
 from orchestration.serving.metrics import PrometheusMetrics
 from orchestration.serving.prompts import HiddenPrompt
 from orchestration.serving.service import ServedModel, Service
@@ -165,7 +166,7 @@ def service(
 @contextlib.contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The app on a port of the loopback address; gives its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=5, http=Connection))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     started = threading.Event()

@@ -7,11 +7,13 @@ import logging
 from collections.abc import Iterator
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from actors.devices import give
 from orchestration.serving.app import create_app
 from orchestration.serving.building import load_engine, served_models
 from orchestration.serving.engine import Engine, EngineLoop
+from orchestration.serving.guarding import HEADERS
 from orchestration.serving.judging import in_process, nobody
 from orchestration.serving.keys import read_keys
 from orchestration.serving.launch import Launch
@@ -19,6 +21,15 @@ from orchestration.serving.metrics import PrometheusMetrics
 from orchestration.serving.moderation.moderators import open_moderator, thresholds_of
 from orchestration.serving.service import Service
 from orchestration.serving.store.store import Store
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's, which reads headers without end: each takes a moment in which nobody else is served. On Ray HAProxy stands in front."""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) > HEADERS:  # `guarding.py` says so in OpenAI's form to whoever sends a few too many
+            raise ValueError("too many headers")
+        super().on_header(name, value)
 
 
 @contextlib.contextmanager
@@ -58,7 +69,7 @@ def serve(wanted: Launch) -> None:
             add_page(app)
         config = uvicorn.Config(
             app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=int(settings.drain_seconds),
+            timeout_graceful_shutdown=int(settings.drain_seconds), http=Connection, ws_max_size=settings.limits.body_bytes,
         )  # fmt: skip
         print(f"serving {', '.join(service.models)} at http://{settings.host}:{settings.port}/v1 (one process)", flush=True)
         uvicorn.Server(config).run()

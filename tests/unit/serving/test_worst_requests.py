@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -128,6 +130,11 @@ def longest_wait(url: str, path: str, body: bytes, at_once: int = 1, method: str
     """Seconds that `/health` took at most while requests like this one were served, and their status."""
     statuses: list[int] = []
     senders = [threading.Thread(target=lambda: statuses.append(sent(url, method, path, body)[0])) for _ in range(at_once)]
+    return longest_while(url, senders), max(statuses)
+
+
+def longest_while(url: str, senders: list[threading.Thread]) -> float:
+    """Seconds that `/health` takes at most until these have ended."""
     for sender in senders:
         sender.start()
     longest = 0.0
@@ -136,7 +143,7 @@ def longest_wait(url: str, path: str, body: bytes, at_once: int = 1, method: str
         assert sent(url, "GET", "/health")[0] == 200
         longest = max(longest, time.monotonic() - before)
         time.sleep(0.01)
-    return longest, max(statuses)
+    return longest
 
 
 def answers_meanwhile(url: str, path: str, body: bytes, at_once: int = 1, method: str = "POST") -> None:
@@ -198,13 +205,36 @@ def test_health_answers_while_a_long_conversation_and_much_feedback_are_read(tmp
     store.close()
 
 
+RAW = {
+    "headers without end": b"a:b\r\n" * 800_000 + b"\r\n",
+    "a header without end": b"a:" + b"b" * 8_000_000 + b"\r\n\r\n",
+    "small chunks": b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n{\r\n" * 300_000 + b"0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_health_answers_while_somebody_sends_no_proper_request(url: str, name: str) -> None:
+    raw = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + RAW[name]
+    where = urlsplit(url)
+
+    def send() -> None:
+        with contextlib.suppress(OSError), socket.create_connection((where.hostname, where.port), timeout=30) as connection:
+            connection.sendall(raw)
+            assert b" 4" in connection.recv(100)
+
+    waits = []
+    while len(waits) < 3 and (not waits or waits[-1] >= BOUND):
+        waits.append(longest_while(url, [threading.Thread(target=send)]))
+    assert min(waits) < BOUND
+
+
 def test_health_answers_while_long_pages_are_drawn(tmp_path: Path) -> None:
-    """Of 120 turns, of texts that are hard to read as markdown, and of a list of 120 conversations."""
+    """Of 64 turns, of texts that are hard to read as markdown, and of a list of 120 conversations."""
     store = Store.open(f"sqlite:///{tmp_path}/store.db")
     app = create_app(service(ScriptedEngine(lambda _: "yes"), store, context=4096))
     add_page(app)
     names = []
-    for turns, text in ((120, "the *cat* sat.\n\n" * 50), (4, "![" * 5000), (1, "![" * 100_000)):
+    for turns, text in ((64, "the *cat* sat.\n\n" * 50), (4, "![" * 5000), (1, "![" * 100_000)):
         names.append(store.new_conversation("local").id)
         for _ in range(turns):
             store.add_message("local", names[-1], "user", "the cat")
