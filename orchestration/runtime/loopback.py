@@ -17,7 +17,7 @@ import secrets
 from pathlib import Path
 
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # they are compiled
 
 from actors.rendezvous import LOOPBACK
 
