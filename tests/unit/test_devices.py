@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import datetime
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,9 +19,12 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import real_accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 from actors import devices, worker
 from actors.critic import Critic
+from actors.engine import Engine
 from actors.models import attention
 from actors.policy import Policy
 from actors.reference import Reference
@@ -31,6 +33,7 @@ from actors.rollout import Rollout
 from actors.rollout_vllm import check_build
 from actors.routes import endpoint
 from actors.serving.transformers_engine import load as load_served
+from actors.sharding import Optimizer, Sharding
 from actors.worker import RankSpec, Worker, process_group_of_one
 from conf.schema import PPO_ROLES, Config
 from orchestration import cli, recipe
@@ -276,24 +279,12 @@ def test_a_training_rank_turns_to_its_own_device(device: str, local_rank: str, m
     assert os.environ["LOCAL_RANK"] == local_rank
 
 
-LATE = """
-import torch
-torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
-torch.cuda.device_count = lambda: 1
-from actors import devices, engine
-from actors.sharding import Optimizer, Sharding
-devices.give(0)
-from actors.worker import process_group_of_one
-process_group_of_one()
-for stage in (0, 2, 3):
-    one = engine.Engine(torch.nn.Linear(4, 1), Optimizer(0.1, 0.0, 1.0), Sharding(stage))
-    one.backward(one(torch.ones(2, 4)).sum(), last=True)
-    print(one.device, one.step(0.1) > 0)
-"""
-
-
-def test_a_process_that_is_given_nothing_after_deepspeed_was_loaded_trains_on_the_cpu() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    done = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("cpu")] == ["cpu True"] * 3
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_is_given_after_deepspeed_was_loaded_counts(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is loaded it takes CUDA where it finds some."""
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", CUDA_Accelerator())
+    devices.give(0)
+    process_group_of_one()
+    engine = Engine(torch.nn.Linear(4, 1), Optimizer(0.1, 0.0, 1.0), Sharding(stage))
+    engine.backward(engine(torch.ones(2, 4)).sum(), last=True)
+    assert engine.step(0.1) > 0

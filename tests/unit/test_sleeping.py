@@ -175,7 +175,7 @@ def worked(role: str, stage: int, dtype: str, more: tuple[str, ...], models: Pat
 ADAPTERS = ("lora.rank=2", "lora.roles=[policy,critic]")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     ("role", "more"), [("policy", ()), ("policy", ADAPTERS), ("critic", ()), ("critic", ADAPTERS), ("reference", ()), ("reward", ())]
 )
