@@ -62,6 +62,16 @@ def settings_of(plain: dict[str, Any]) -> Serving:
     return TypeAdapter(Serving).validate_python(plain)
 
 
+def listen_at_own_address() -> None:
+    """Have this replica's gRPC server listen at its node's address, as other replicas reach it. It unpickles what it is sent, and Serve
+    binds it to all addresses."""
+    from ray.serve._private import replica
+
+    bind, host = replica.add_port_to_grpc_server, get_node_ip_address()
+    own = f"[{host}]:0" if ":" in host else f"{host}:0"
+    replica.add_port_to_grpc_server = lambda server, _: bind(server, own)
+
+
 class RayMetrics:
     """Metrics that Ray publishes with its own. Handing a number to Ray takes as long as making an event of a stream, so sums and levels are
     handed over once a second."""
@@ -161,6 +171,7 @@ class Engine:
     """A replica with a model."""
 
     def __init__(self, serving: dict[str, Any]) -> None:
+        listen_at_own_address()
         self.settings = settings_of(serving)
         self.loop: EngineLoop | None = None
         self.lines = Lines(self.settings.engine.interval_ms / 1000)
@@ -221,6 +232,7 @@ class Moderation:
     """A replica that judges texts."""
 
     def __init__(self) -> None:
+        listen_at_own_address()
         self.moderator: Any = None
         self.thresholds: Limits = {}
         self.thread = Threads("moderation", 1)  # a lock would be given back by a request that is cancelled while its thread still judges
@@ -264,6 +276,7 @@ class Ingress:
     app: FastAPI
 
     def __init__(self, engines: dict[str, DeploymentHandle], moderation: DeploymentHandle | None) -> None:
+        listen_at_own_address()
         self.desk = Desk(get_node_ip_address())
         self.engines = {name: RemoteEngine(handle, self.desk) for name, handle in engines.items()}
         self.moderation = moderation
