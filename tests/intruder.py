@@ -21,7 +21,7 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from tests.conftest import MARK
 
-SAMPLE_SECONDS = 0.4
+SAMPLE_SECONDS = 1.0
 HOST = "127.0.0.1"
 
 
