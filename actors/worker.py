@@ -38,7 +38,8 @@ class Worker:
         checkpoint: Hugging Face folder of the weights this role starts from.
         """
         self.config, self.spec = config, spec
-        give(getattr(config.placement, spec.role).gpus)
+        if (place := getattr(config.placement, spec.role, None)) is not None:  # one of no such role takes what its process was given
+            give(place.gpus)
         self.checkpoint = staged(checkpoint, config.engine.stage_folder)
         torch.set_num_threads(spec.threads)
         self.host = "127.0.0.1"
