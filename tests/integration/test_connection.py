@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 LATE = """
-import itertools, sys, time, types
+import contextlib, itertools, sys, time, types
 import psutil, ray
 from ray._private import node, services
 from orchestration.errors import RunError
@@ -36,7 +36,11 @@ try:
     ray.shutdown()
 except RunError as error:
     print(error)
-left = [p.cmdline() for p in psutil.Process().children(recursive=True) if sys.argv[2] in " ".join(p.cmdline())]
+left = []
+for process in psutil.Process().children(recursive=True):
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        if sys.argv[2] in " ".join(process.cmdline()):
+            left.append(process.cmdline())
 print(len(starts), "starts", len(left), "left", left)
 """
 
