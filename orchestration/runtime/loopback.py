@@ -28,6 +28,8 @@ COLLECTIVES = {"VLLM_HOST_IP": "127.0.0.1"}
 if LOOPBACK:
     COLLECTIVES |= {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
 NAMES = (JOINED, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", *COLLECTIVES)
+AS_READ = ray_constants.ENABLE_RAY_CLUSTER
+"""Whether other nodes may join, as Ray took it from the environment and the system when it was imported."""
 _before: dict[str, str | None] = {}
 """The environment as it was before `close_to_others`."""
 
@@ -58,7 +60,7 @@ def open_again() -> None:
         else:
             os.environ[name] = value
     _before.clear()
-    _tell_ray(joined=os.environ.get(JOINED, "1") not in ("0", "false"))
+    _tell_ray(joined=AS_READ)
 
 
 def _tell_ray(joined: bool) -> None:
