@@ -9,6 +9,7 @@ import pickle
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,14 @@ def watched() -> Iterator[Listening]:
         while not over.wait(SAMPLE_SECONDS):
             found.sample()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        over.set()
-        thread.join()
-        found.sample()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            yield found
+        finally:
+            over.set()
+    watching.result()  # an error of the watching is one of the test
+    found.sample()
 
 
 def outside_addresses() -> list[str]:
