@@ -50,7 +50,11 @@ def _parser() -> MarkdownIt:
 PARSER = _parser()
 
 
-@functools.lru_cache(maxsize=256)
 def rendered(text: str) -> str:
     """HTML of markdown that may still be growing. Remembered, so that a thread can make it for the event loop (`Backend.rendered`)."""
-    return PARSER.render(text) if len(text) <= LONGEST else f"<pre>{_escaped(text)}</pre>"
+    return _read(text) if len(text) <= LONGEST else f"<pre>{_escaped(text)}</pre>"
+
+
+@functools.lru_cache(maxsize=256)
+def _read(text: str) -> str:
+    return PARSER.render(text)
