@@ -45,7 +45,7 @@ class Placement(Settings):
     """Roles work in turns, and whoever is not at work keeps weights and optimizer states in host memory. Not with
     `engine.offload_parameters`."""
     interface: str | None
-    """Network interface of NCCL and gloo, for example eth0; null lets them choose."""
+    """Network interface of NCCL and gloo, for example eth0; null lets them choose, in a cluster of this machine alone loopback."""
     collective_timeout: Positive
     """Seconds that one collective operation between ranks may take before it fails: the slowest rank's work is in it."""
     train: RolePlacement

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
 import time
@@ -16,7 +15,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import actors
 from actors.rank import RankSpec
-from actors.rendezvous import LOOPBACK
 from actors.stream import WeightSyncError
 from actors.worker import Worker
 from conf.schema import Config
@@ -136,13 +134,12 @@ class RayRuntime:
     def _actor(self, request: RoleRequest, slot: Slot) -> Any:
         place, placement = request.place, self.config.placement
         assert self.reserved is not None
-        interface = interface_of(self.config, self.own_cluster)
         options = {
             "num_cpus": place.cpus, "num_gpus": place.gpus * (1 if placement.share else place.tensor_parallel),
             "max_restarts": 0, "max_task_retries": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.reserved.group, placement_group_bundle_index=slot.bundle),
         }  # fmt: skip
-        return RankActor.options(**options).remote(rank_environment(place, interface))
+        return RankActor.options(**options).remote(rank_environment(place, placement.interface))
 
     def _build(self, request: RoleRequest) -> Pieces[None]:
         """Tell each process which rank it is."""
@@ -265,11 +262,6 @@ class Connection:
         self.scratch = tempfile.mkdtemp(prefix="chatray-")
         self.own_cluster = connect(config, self.scratch)
 
-    def for_runs(self, config: Config) -> Config:
-        """With the network interface that a run would choose that had started the cluster by itself."""
-        interface = interface_of(config, self.own_cluster)
-        return dataclasses.replace(config, placement=dataclasses.replace(config.placement, interface=interface))
-
     def close(self) -> None:
         if self.own_cluster:
             disconnect()
@@ -294,11 +286,6 @@ def _answer(ref: Any) -> str:
         return ray.get(ref)
     except ray.exceptions.RayError as dead:
         return f"dead ({type(dead).__name__})"
-
-
-def interface_of(config: Config, own_cluster: bool) -> str | None:
-    """Network interface of collectives: the one that is set, or loopback in a cluster of this machine alone."""
-    return config.placement.interface or (LOOPBACK if own_cluster else None)
 
 
 def check_same_code(who: str, folder: str, mine: str, own_cluster: bool) -> None:

@@ -124,7 +124,7 @@ def rank_environment(place: RolePlacement, interface: str | None) -> dict[str, s
     all GPUs to a rank that reserved none.
 
     Args:
-        interface: network interface of collectives; None lets NCCL and gloo choose.
+        interface: network interface of collectives; None leaves it to the environment (`loopback.py`), or to NCCL and gloo.
     """
     network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
     return {

@@ -140,13 +140,11 @@ def _fit(config: Config, task: Task, directory: StageDirectory, outcome: dict[st
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from orchestration.runtime.cluster import interface_of
     from orchestration.runtime.rank import rank_environment
 
     place, scratch = config.placement.train, directory.path / "ray_train"
-    interface = interface_of(config, own_cluster=config.ray.address is None)
     resources = {"CPU": place.cpus} | ({"GPU": place.gpus} if place.gpus else {})
-    environment: dict[str, Any] = {"worker_runtime_env": {"env_vars": rank_environment(place, interface)}}
+    environment: dict[str, Any] = {"worker_runtime_env": {"env_vars": rank_environment(place, config.placement.interface)}}
     trainer = TorchTrainer(
         _rank,
         train_loop_config={"config": config, "task": task, "directory": directory},

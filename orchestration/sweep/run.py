@@ -157,14 +157,12 @@ def run(words: Sequence[str]) -> None:
             ending.callback(connection.close)
             preflight.check(asked.config, (*preparing.base_stages(asked.config), "ppo"), lambda: connection, print)
         records.claim(asked.folder, asked.identity())
-        config = connection.for_runs(asked.config) if connection else asked.config
-        judging = connection.for_runs(asked.judge) if connection else asked.judge
         print(f"sweep: {'going on in' if goes_on else 'in'} {asked.folder}", flush=True)
-        models = preparing.base(config, asked.folder / "base")
-        judge = preparing.judge(judging, asked.folder / "judge", models["policy_checkpoint"], asked.sweep)
+        models = preparing.base(asked.config, asked.folder / "base")
+        judge = preparing.judge(asked.judge, asked.folder / "judge", models["policy_checkpoint"], asked.sweep)
         task = Task(
-            asked.folder, asked.sweep, of_trials(config, asked.sweep, models, judge, asked.folder.name),
-            objectives.budget(asked.sweep, config),
+            asked.folder, asked.sweep, of_trials(asked.config, asked.sweep, models, judge, asked.folder.name),
+            objectives.budget(asked.sweep, asked.config),
         )  # fmt: skip
         if over:
             print("sweep: every trial has ended")
